@@ -1,0 +1,235 @@
+"""Pretrain a small masked autoencoder with masks that evolve from a grid to parts, and draw what happened.
+
+python examples/pretrain.py                       # photographs inside scikit-image and scikit-learn
+python examples/pretrain.py --data ~/pictures --epochs 200 --device cuda --out runs/mine
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mae import MaskedAutoencoder, patchify, unpatchify
+from matplotlib.figure import Figure
+from photos import PhotoCrops, centre, find_photos
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from maskevolve import BlockMask, EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher, RandomMask
+from maskevolve.masks import Masking
+from maskevolve.viz import evolution_figure, mask_picture
+
+MASKS: dict[str, Callable[[int], Masking]] = {
+    "random": lambda epochs: RandomMask(),
+    "grid": lambda epochs: GridMask(),
+    "block": lambda epochs: BlockMask(),
+    "part": lambda epochs: PartMask(),
+    "evolving": lambda epochs: EvolvingMask(epochs),
+    "evolving-block": lambda epochs: EvolvingMask(epochs, end=BlockMask()),
+}
+SNAPSHOTS = 5  # points of training in evolution.png
+SHOWN = 4  # photographs in the pictures
+FREE_TO_CHANGE = {"resume", "out", "device", "workers", "data"}  # between a run and its resumption
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, help="folder of images; photographs from scikit-image and scikit-learn if not given")
+    add("--mask", choices=MASKS, default="evolving")
+    add("--mask-ratio", type=float, default=0.75, help="share of the patches to remove (default: 0.75)")
+    add("--epochs", type=int, default=40, help="default: 40")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
+    add("--out", type=Path, default=Path("runs/pretrain"), help="where to write (default: runs/pretrain)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--batch-size", type=int, default=32)
+    add("--lr", type=float, default=1e-3)
+    add("--ema-decay", type=float, default=0.98, help="of the teacher, a step (default: 0.98; long runs: 0.9999)")
+    add("--image-size", type=int, default=96, help="pixels")
+    add("--patch-size", type=int, default=8, help="pixels")
+    add("--width", type=int, default=128, help="of the encoder")
+    add("--depth", type=int, default=6, help="blocks of the encoder")
+    add("--heads", type=int, default=4)
+    add("--workers", type=int, default=0, help="processes that read images")
+    return parser.parse_args()
+
+
+class Run:
+    """All that a run changes, so that one checkpoint holds it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        seed_everything(args.seed, 0)
+        self.args, self.epoch = args, 0
+        masking = MASKS[args.mask](args.epochs)
+        model = MaskedAutoencoder(masking, args.image_size, args.patch_size, args.width, args.depth, args.heads)
+        self.model = model.to(args.device)
+        self.teacher = PartTeacher(
+            self.model.encoder, GraphCutPartitioner(), total_epochs=args.epochs, decay=args.ema_decay
+        )
+        groups = param_groups_weight_decay(self.model, 0.05)
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
+        self.metrics: list[dict[str, Any]] = []
+        self.snapshots: list[dict[str, Any]] = []
+
+    def set_epoch(self, epoch: float) -> None:
+        self.teacher.set_epoch(epoch)
+        if isinstance(self.model.masking, EvolvingMask):
+            self.model.masking.set_epoch(epoch)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Loss, prediction, mask, and the parts that the mask was drawn from."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+            parts = self.teacher(images) if self.model.masking.needs_parts else None
+            return *self.model(images, self.args.mask_ratio, parts), parts
+
+    def train_epoch(self, loader: DataLoader[Tensor], bar: tqdm[Any]) -> None:
+        steps, losses = len(loader), []
+        schedule = CosineLRScheduler(
+            self.optimizer, self.args.epochs * steps, warmup_t=self.args.epochs * steps // 10, t_in_epochs=False
+        )
+        seed_everything(self.args.seed, 1 + self.epoch)  # each epoch for itself, so that a resumed run draws the same
+        for step, images in enumerate(loader):
+            self.set_epoch(self.epoch + step / steps)
+            schedule.step_update(self.epoch * steps + step)
+            loss = self.forward(normalize(images.to(self.args.device)))[0]
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.teacher.update(self.model.encoder)
+            losses.append(loss.detach())
+            bar.update()
+        row = {"epoch": self.epoch, "loss": float(torch.stack(losses).mean()), "num_parts": self.teacher.num_parts}
+        row |= {"alpha": self.alpha, "lr": self.optimizer.param_groups[0]["lr"]}
+        self.metrics.append(row)
+        self.epoch += 1
+        bar.set_postfix(loss=f"{row['loss']:.3f}", alpha=row["alpha"])
+
+    @property
+    def alpha(self) -> float | None:
+        masking = self.model.masking
+        return round(float(masking.alpha), 4) if isinstance(masking, EvolvingMask) else None
+
+    @torch.no_grad()
+    def take_snapshot(self, shown: Tensor) -> None:
+        """Parts and masks of the shown photographs, by the model as it is now."""
+        seed_everything(self.args.seed, 0)
+        self.set_epoch(self.epoch)
+        _, prediction, mask, parts = self.forward(normalize(shown.to(self.args.device)))
+        title = f"epoch {self.epoch}" + ("" if self.alpha is None else f", alpha {self.alpha:.2f}")
+        snapshot = {"title": title, "mask": mask, "parts": parts, "prediction": prediction.float()}
+        self.snapshots.append(
+            {name: value.cpu() if torch.is_tensor(value) else value for name, value in snapshot.items()}
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the whole checkpoint or nothing: a run that is stopped here still has the one before."""
+        state = {name: getattr(self, name).state_dict() for name in ("model", "teacher", "optimizer")}
+        state |= {name: getattr(self, name) for name in ("epoch", "metrics", "snapshots")}
+        state["args"] = {name: value for name, value in vars(self.args).items() if name not in FREE_TO_CHANGE}
+        torch.save(state, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        for name, value in state["args"].items():
+            if getattr(self.args, name) != value:
+                raise SystemExit(
+                    f"{path} was made with --{name.replace('_', '-')} {value}, not {getattr(self.args, name)}: "
+                    "resume with the same, or begin anew with another --out"
+                )
+        for name in ("model", "teacher", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.epoch, self.metrics, self.snapshots = state["epoch"], state["metrics"], state["snapshots"]
+
+
+def seed_everything(seed: int, stream: int) -> None:
+    torch.manual_seed(int(np.random.SeedSequence([seed, stream]).generate_state(1)[0]))
+
+
+def normalize(images: Tensor) -> Tensor:
+    """Pixels in [0, 1] to mean 0 and deviation 1, with ImageNet's statistics as in MAE."""
+    return (images - images.new_tensor(MEAN)) / images.new_tensor(STD)
+
+
+MEAN = [[[0.485]], [[0.456]], [[0.406]]]
+STD = [[[0.229]], [[0.224]], [[0.225]]]
+
+
+def draw_loss(metrics: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    ax = figure.subplots()
+    ax.plot([row["epoch"] for row in metrics], [row["loss"] for row in metrics])
+    ax.set(xlabel="epoch", ylabel="squared error on removed patches", ylim=(0, None))
+    if metrics[0]["alpha"] is not None:
+        right = ax.twinx()
+        right.plot([row["epoch"] for row in metrics], [row["alpha"] for row in metrics], color="tab:orange")
+        right.set_ylabel("alpha", color="tab:orange")
+        right.set_ylim(0, 1.02)
+    return figure
+
+
+def draw_reconstruction(shown: Tensor, snapshot: dict[str, Any], patch_size: int) -> Figure:
+    """Each photograph, what the encoder saw of it, and what the decoder made of that."""
+    removed = snapshot["mask"][..., None]
+    patches = patchify(normalize(shown), patch_size) * (1 - removed) + snapshot["prediction"] * removed
+    painted = unpatchify(patches, patch_size) * torch.tensor(STD) + torch.tensor(MEAN)
+    figure = Figure(figsize=(2 * len(shown), 6.3), layout="constrained")
+    axes = figure.subplots(3, len(shown), squeeze=False)
+    for column, image in enumerate(shown):
+        seen = mask_picture(image, snapshot["mask"][column])
+        for ax, picture in zip(axes[:, column], (image.permute(1, 2, 0), seen, painted[column].permute(1, 2, 0))):
+            ax.imshow(np.clip(picture, 0, 1))
+            ax.set_axis_off()
+    for ax, title in zip(axes[:, 0], ("photograph", "visible patches", "reconstruction")):
+        ax.set_title(title, fontsize=9, loc="left")
+    return figure
+
+
+def write_results(run: Run, shown: Tensor, out: Path) -> None:
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.metrics))
+    if len(run.snapshots) < SNAPSHOTS:
+        return
+    points = {key: [snapshot[key] for snapshot in run.snapshots] for key in ("mask", "parts", "title")}
+    figure = evolution_figure(shown, points["mask"], points["parts"], points["title"])
+    figure.savefig(out / "evolution.png", dpi=120)
+    draw_loss(run.metrics).savefig(out / "loss.png", dpi=120)
+    draw_reconstruction(shown, run.snapshots[-1], run.args.patch_size).savefig(out / "reconstruction.png", dpi=120)
+
+
+def main() -> None:
+    args = parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = args.out / "checkpoint.pt"
+    if checkpoint.exists() and not args.resume:
+        raise SystemExit(f"{args.out} already holds a run: add --resume to go on with it, or choose another --out")
+    paths = find_photos(args.data)
+    shown = torch.stack([centre(paths[i % len(paths)], args.image_size) for i in range(SHOWN)])
+    crops = PhotoCrops(paths, args.image_size)
+    loader = DataLoader(crops, args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers)
+    run = Run(args)
+    if args.resume and checkpoint.exists():
+        run.load(checkpoint)
+    with tqdm(total=args.epochs * len(loader), initial=run.epoch * len(loader), unit="step") as bar:
+        while True:
+            while len(run.snapshots) * args.epochs <= run.epoch * (SNAPSHOTS - 1):
+                run.take_snapshot(shown)
+            run.save(checkpoint)
+            write_results(run, shown, args.out)
+            if run.epoch == args.epochs:
+                break
+            run.train_epoch(loader, bar)
+    print(f"wrote metrics.jsonl, loss.png, evolution.png and reconstruction.png to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""How much the patches of an image attend to each other, read from a ViT while it runs. The model is not touched.
+
+Hooks mark which attention module is running; a torch-function mode sees the queries and keys that it hands to
+`scaled_dot_product_attention`, or the softmax that it takes itself. So norms, rotary embeddings and biases are
+included, whatever the model does to get there. All of it is gone when the call returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention, softmax
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["attention_affinity", "patch_grid"]
+
+
+class _Done(Exception):
+    """Ends the forward pass after the last layer that is needed."""
+
+
+@torch.no_grad()
+def attention_affinity(model: nn.Module, images: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+    """Mean softmax attention between patches, over heads and layers; prefix tokens (class, register, ...) are dropped.
+
+    Args:
+        model: a ViT of timm or one built alike, or an MAE (anything with `forward_encoder` and `random_masking`, whose
+            masking is off here). Runs in the mode it is in: call ``model.eval()`` first for a teacher.
+        images: what the model takes, [B, C, height, width] in pixels.
+        layers: which attention layers, counted from 0 or, below 0, from the end; all where None. Those after the last
+            one that is wanted do not run.
+
+    Returns:
+        [B, N, N] float32: row n is the attention of patch n to every patch; its sum is below 1 with prefix tokens.
+
+    Raises:
+        ValueError: where a layer does not exist or the patches cannot be told from the prefix tokens.
+        RuntimeError: where no attention is found; it names the modules that were looked at.
+
+    Example:
+        >>> import timm
+        >>> vit = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
+        >>> attention_affinity(vit, torch.randn(1, 3, 224, 224)).shape
+        torch.Size([1, 196, 196])
+    """
+    modules = _attention_modules(model)
+    if not modules:
+        raise RuntimeError(_not_found(model, "has no attention module (one with `num_heads`)"))
+    count = len(modules)
+    wanted = [modules[_layer_index(layer, count)] for layer in (range(count) if layers is None else layers)]
+    reader = _Reader([module for _, module in wanted])
+    with reader.hooked(), _all_patches(model), reader, suppress(_Done):
+        _encode(model, images)
+    if reader.total is None or reader.left:
+        silent = ", ".join(name for name, module in wanted if module in reader.left)
+        raise RuntimeError(_not_found(model, f"took no softmax attention in {silent or 'any layer: layers is empty'}"))
+    height, width = patch_grid(model, images)
+    prefix = reader.total.shape[1] - height * width
+    if prefix < 0:
+        raise ValueError(
+            f"{type(model).__name__} attends over {reader.total.shape[1]} tokens, fewer than the {height} x {width} "
+            f"patches of images of shape {list(images.shape)}: does it drop patches (masking, patch_drop_rate)?"
+        )
+    return reader.total[:, prefix:, prefix:] / len(reader.modules)
+
+
+def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
+    """The patch grid (H, W) of images of shape [B, C, height, width], from the model's `patch_embed`.
+
+    Example:
+        >>> import timm
+        >>> patch_grid(timm.create_model("vit_tiny_patch16_224", depth=1), torch.empty(1, 3, 224, 160))
+        (14, 10)
+    """
+    embed = getattr(model, "patch_embed", None)
+    patch_size = getattr(embed, "patch_size", None)
+    if patch_size is None:
+        raise ValueError(f"{type(model).__name__} has no patch_embed.patch_size: the patch grid cannot be told")
+    rows, columns = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    height, width = images.shape[-2:]
+    if getattr(embed, "dynamic_img_pad", False):
+        return -(-height // rows), -(-width // columns)
+    return height // rows, width // columns
+
+
+class _Reader(TorchFunctionMode):
+    """Adds up the attention of some modules, [B, tokens, tokens]."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.modules, self.left = set(modules), set(modules)
+        self.running: nn.Module | None = None
+        self.total: Tensor | None = None
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Know which of the modules is running, for as long as the context lasts."""
+        handles = [module.register_forward_pre_hook(self._enter) for module in self.modules]
+        handles += [module.register_forward_hook(self._leave) for module in self.modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self.running = module
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.running = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.running not in self.left:
+            return func(*args, **kwargs)
+        if func is scaled_dot_product_attention:
+            self._add(_attention(*args, **kwargs))
+        result = func(*args, **kwargs)
+        if func in (Tensor.softmax, torch.softmax, softmax):
+            self._add(result)
+        return result
+
+    def _add(self, attention: Tensor) -> None:
+        attention = attention.float().mean(1)
+        self.total = attention if self.total is None else self.total + attention
+        self.left = {module for module in self.left if module is not self.running}
+        if not self.left:
+            raise _Done
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, scale: float | None = None, **_: Any
+) -> Tensor:
+    """The softmax [B, heads, tokens, tokens] that scaled_dot_product_attention does not return."""
+    logits = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        logits = logits.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        logits = logits + attn_mask
+    return torch.softmax(logits, -1, dtype=torch.float32)
+
+
+def _attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The encoder's attention modules by name: in `blocks` where there are such, so that no decoder is counted."""
+    root = getattr(model, "blocks", model)
+    prefix = "" if root is model else "blocks."
+    return [(prefix + name, module) for name, module in root.named_modules() if hasattr(module, "num_heads")]
+
+
+def _layer_index(layer: int, count: int) -> int:
+    if not -count <= layer < count:
+        raise ValueError(f"layer {layer} does not exist: the model has {count} attention layers, 0..{count - 1}")
+    return layer % count
+
+
+def _encode(model: nn.Module, images: Tensor) -> None:
+    """Run the encoder on all patches."""
+    encoder: Any = model  # these methods are those of MAE and of timm, not of nn.Module
+    if hasattr(model, "forward_encoder"):
+        encoder.forward_encoder(images, 0.0)
+    elif hasattr(model, "forward_features"):
+        encoder.forward_features(images)
+    else:
+        model(images)
+
+
+@contextmanager
+def _all_patches(model: nn.Module) -> Iterator[None]:
+    """Make an MAE keep every patch, in order, for as long as the context lasts."""
+    if not hasattr(model, "random_masking"):
+        yield
+        return
+    before = vars(model).get("random_masking")
+
+    def keep_all(x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+        return x, x.new_zeros(x.shape[:2]), torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+
+    vars(model)["random_masking"] = keep_all
+    try:
+        yield
+    finally:
+        del vars(model)["random_masking"]
+        if before is not None:
+            vars(model)["random_masking"] = before
+
+
+def _not_found(model: nn.Module, what: str) -> str:
+    looked_at = [f"{name} ({type(module).__name__})" for name, module in model.named_modules() if name]
+    shown = ", ".join(looked_at[:40]) + (f" and {len(looked_at) - 40} more" if len(looked_at) > 40 else "")
+    return (
+        f"{type(model).__name__} {what}. Modules looked at: {shown or 'none'}. "
+        "Pass the ViT itself, or compute an affinity [B, N, N] yourself and give it to a partitioner."
+    )

@@ -1,0 +1,318 @@
+"""Masking as pure functions of tensors: scores a patch, then one sort. No state, no modules.
+
+Every mask of the library is a score map ``p`` in [0, 1], one value a patch. The patches with the highest scores are
+removed; ties are broken at random.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "MaskedPatches",
+    "blend_scores",
+    "block_scores",
+    "grid_scores",
+    "mask_patches",
+    "num_visible",
+    "part_scores",
+    "random_scores",
+    "resolve_grid",
+]
+
+GridSize = int | tuple[int, int]
+
+
+class MaskedPatches(NamedTuple):
+    """What a mask returns: MAE's three values, in MAE's order (https://arxiv.org/abs/2111.06377)."""
+
+    visible: Tensor
+    """[B, N_keep, D], dtype of the input: the patches that stay."""
+    mask: Tensor
+    """[B, N] float32: 0 keep, 1 remove."""
+    ids_restore: Tensor
+    """[B, N] int64: the inverse of the shuffle; ``ids_restore < N_keep`` are the patches that stay."""
+
+
+def resolve_grid(num_patches: int, grid_size: GridSize | None) -> tuple[int, int]:
+    """The grid (H, W) that holds `num_patches`; a square one where `grid_size` is None.
+
+    Args:
+        num_patches: number of patches N of one image.
+        grid_size: None, the side of a square grid, or (H, W), in patches.
+
+    Returns:
+        (H, W) with H * W == num_patches.
+
+    Raises:
+        ValueError: where no such grid exists.
+
+    Example:
+        >>> resolve_grid(196, None), resolve_grid(12, (3, 4))
+        ((14, 14), (3, 4))
+    """
+    if grid_size is None:
+        side = math.isqrt(num_patches)
+        if side * side != num_patches:
+            raise ValueError(
+                f"N={num_patches} patches do not form a square grid (the nearest is {side} x {side} = {side * side}): "
+                f"pass grid_size=(H, W) with H * W = {num_patches}, or x as [B, H, W, D]"
+            )
+        return side, side
+    height, width = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
+    if height * width != num_patches:
+        raise ValueError(
+            f"grid_size={grid_size!r} has {height} x {width} = {height * width} patches, but there are N={num_patches}"
+        )
+    return height, width
+
+
+def num_visible(num_patches: int, mask_ratio: float) -> int:
+    """How many patches stay: ``int(N * (1 - mask_ratio))``, rounded down as in MAE.
+
+    Args:
+        num_patches: number of patches N of one image.
+        mask_ratio: share of patches to remove, in [0, 1).
+
+    Returns:
+        Number of patches that stay, at least 1.
+
+    Raises:
+        ValueError: where mask_ratio is outside [0, 1) or so high that nothing stays.
+
+    Example:
+        >>> num_visible(196, 0.75)
+        49
+    """
+    if not 0 <= mask_ratio < 1:
+        raise ValueError(f"mask_ratio={mask_ratio} is outside [0, 1): it is the share of patches to remove")
+    keep = int(num_patches * (1 - mask_ratio))
+    if keep < 1:
+        raise ValueError(
+            f"mask_ratio={mask_ratio} leaves no visible patch of N={num_patches}: "
+            f"it must lie in [0, {1 - 1 / max(num_patches, 1):.4g}]"
+        )
+    return keep
+
+
+def random_scores(
+    batch_size: int,
+    grid_size: tuple[int, int],
+    *,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One uniform draw for each patch: MAE's random masking.
+
+    Args:
+        batch_size: number of images B.
+        grid_size: (H, W) in patches.
+        device: where to draw; torch's default device where None.
+        generator: source of randomness, on the same device; torch's default one where None.
+
+    Returns:
+        Scores [B, N] float32 in [0, 1).
+
+    Example:
+        >>> random_scores(2, (14, 14)).shape
+        torch.Size([2, 196])
+    """
+    height, width = grid_size
+    return torch.rand(batch_size, height * width, device=device, generator=generator)
+
+
+def grid_scores(
+    batch_size: int,
+    grid_size: tuple[int, int],
+    *,
+    period: int = 2,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One uniform draw for each cell of a `period` x `period` pattern that is tiled over the patch grid.
+
+    Args:
+        batch_size: number of images B; each has draws of its own.
+        grid_size: (H, W) in patches.
+        period: side of the pattern, in patches.
+        device: where to draw; torch's default device where None.
+        generator: source of randomness, on the same device; torch's default one where None.
+
+    Returns:
+        Scores [B, N] float32 in [0, 1).
+
+    Example:
+        >>> grid_scores(1, (4, 4)).unique().numel()
+        4
+
+    Source: p_grid of Algorithm 1, Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
+    """
+    height, width = grid_size
+    cells = torch.rand(batch_size, period, period, device=device, generator=generator)
+    tiled = cells.repeat(1, -(-height // period), -(-width // period))
+    return tiled[:, :height, :width].flatten(1)
+
+
+def block_scores(
+    batch_size: int,
+    grid_size: tuple[int, int],
+    *,
+    num_blocks: int = 16,
+    area: tuple[float, float] = (16 / 196, 0.4),
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Random rectangles laid one over the other; the earlier a rectangle is laid, the higher its score.
+
+    A rectangle's score is the share of the image that the ones before it are expected to leave uncovered, so that the
+    scores spread over [0, 1] as those of a grid or of parts do.
+
+    Args:
+        batch_size: number of images B.
+        grid_size: (H, W) in patches.
+        num_blocks: rectangles for each image; 16 cover nine tenths of an image on average.
+        area: least and greatest area of a rectangle, as a share of the image (BEiT: 16 of 196 patches to 0.4).
+        aspect: least and greatest height / width of a rectangle, drawn log-uniformly.
+        device: where to draw; torch's default device where None.
+        generator: source of randomness, on the same device; torch's default one where None.
+
+    Returns:
+        Scores [B, N] float32 in (0, 1].
+
+    Example:
+        >>> block_scores(2, (14, 14)).shape
+        torch.Size([2, 196])
+
+    Source: Algorithm 1 of BEiT, https://arxiv.org/abs/2106.08254
+    """
+    height, width = grid_size
+    draws = torch.rand(4, batch_size, num_blocks, device=device, generator=generator)
+    patches = (area[0] + (area[1] - area[0]) * draws[0]) * height * width
+    log_aspect = math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * draws[1]
+    block_height = (patches * log_aspect.exp()).sqrt().round().clamp(1, height)
+    block_width = (patches / log_aspect.exp()).sqrt().round().clamp(1, width)
+    rows = _between((draws[2] * (height - block_height + 1)).floor(), block_height, height)
+    columns = _between((draws[3] * (width - block_width + 1)).floor(), block_width, width)
+
+    uncovered = (1 - block_height * block_width / (height * width)).cumprod(1)
+    score = torch.cat([torch.ones_like(uncovered[:, :1]), uncovered[:, :-1]], 1)
+    laid = rows[:, :, :, None] & columns[:, :, None, :]
+    covered = (laid * score[:, :, None, None]).amax(1)
+    # What no rectangle covers comes last.
+    return torch.maximum(covered, uncovered[:, -1, None, None]).flatten(1)
+
+
+def _between(start: Tensor, length: Tensor, size: int) -> Tensor:
+    """[..., size] bool: which of 0..size-1 lie in [start, start + length)."""
+    at = torch.arange(size, device=start.device)
+    return (at >= start[..., None]) & (at < (start + length)[..., None])
+
+
+def part_scores(parts: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """One uniform draw for each part; a patch takes the draw of its part.
+
+    Args:
+        parts: [B, N] of any integer type: the part of each patch, in 0..N-1. Gaps between labels are fine.
+        generator: source of randomness, on the device of `parts`; torch's default one where None.
+
+    Returns:
+        Scores [B, N] float32 in [0, 1).
+
+    Raises:
+        ValueError: where `parts` is not [B, N], has a float type, or (checked on the CPU only, for elsewhere the check
+            would make the host wait) has labels outside 0..N-1.
+
+    Example:
+        >>> parts = torch.tensor([[0, 0, 1, 1]])
+        >>> p = part_scores(parts)
+        >>> bool(p[0, 0] == p[0, 1]), bool(p[0, 2] == p[0, 3])
+        (True, True)
+
+    Source: p_parts of Algorithm 1, Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
+    """
+    check_parts(parts)
+    batch_size, num_patches = parts.shape
+    draws = torch.rand(batch_size, num_patches, device=parts.device, generator=generator)
+    # The remainder keeps a wrong label on an unchecked device from ending the run with a device assert.
+    return draws.gather(1, parts.long() % num_patches)
+
+
+def check_parts(parts: Tensor, shape: tuple[int, int] | None = None) -> None:
+    """Raise ValueError where `parts` cannot label patches; `shape` is the (B, N) that it must have."""
+    if parts.is_floating_point() or parts.is_complex():
+        raise ValueError(f"parts has dtype {parts.dtype}: part labels are integers, use parts.long()")
+    if parts.ndim != 2 or (shape is not None and parts.shape != shape):
+        wanted = "[B, N]" if shape is None else f"[B, N] = {list(shape)}"
+        raise ValueError(f"parts has shape {list(parts.shape)}, but must be {wanted}, one label for each patch")
+    if parts.device.type == "cpu" and parts.numel() and not torch.compiler.is_compiling():
+        low, high = int(parts.min()), int(parts.max())
+        if low < 0 or high >= parts.shape[1]:
+            raise ValueError(
+                f"parts has labels from {low} to {high}, but they must lie in 0..N-1 = 0..{parts.shape[1] - 1}: "
+                "renumber them with parts.unique(return_inverse=True)[1]"
+            )
+
+
+def blend_scores(start: Tensor, end: Tensor, alpha: Tensor | float) -> Tensor:
+    """``(1 - alpha) * start + alpha * end``, the aggregation of Algorithm 1.
+
+    Args:
+        start: scores [B, N] float32 at alpha = 0.
+        end: scores [B, N] float32 at alpha = 1.
+        alpha: weight in [0, 1], a number or a 0-d tensor.
+
+    Returns:
+        Scores [B, N] float32.
+
+    Example:
+        >>> blend_scores(torch.zeros(1, 2), torch.ones(1, 2), 0.25)
+        tensor([[0.2500, 0.2500]])
+
+    Source: Algorithm 1, Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
+    """
+    return (1 - alpha) * start + alpha * end
+
+
+def mask_patches(
+    x: Tensor, scores: Tensor, mask_ratio: float = 0.75, *, generator: torch.Generator | None = None
+) -> MaskedPatches:
+    """Remove the patches with the highest scores, the same number from every image.
+
+    Args:
+        x: [B, N, D] of any dtype; gradients flow to it.
+        scores: [B, N] float32 in [0, 1]. Ties are broken at random, each patch alike.
+        mask_ratio: share of patches to remove, in [0, 1); ``int(N * (1 - mask_ratio))`` stay.
+        generator: source of randomness for the ties, on the device of `scores`; torch's default one where None.
+
+    Returns:
+        MaskedPatches: visible [B, N_keep, D], mask [B, N] float32, ids_restore [B, N] int64.
+
+    Raises:
+        ValueError: where mask_ratio is out of range or leaves no patch, or where `scores` does not match `x`.
+
+    Example:
+        >>> x = torch.arange(4.0).reshape(1, 4, 1)
+        >>> mask_patches(x, torch.tensor([[0.9, 0.1, 0.8, 0.2]]), 0.5).visible.flatten()
+        tensor([1., 3.])
+    """
+    if scores.shape != x.shape[:2]:
+        raise ValueError(f"scores has shape {list(scores.shape)}, but x of shape {list(x.shape)} needs [B, N]")
+    keep = num_visible(x.shape[1], mask_ratio)
+    ids_shuffle = _tie_free(scores, generator).argsort(dim=1)
+    ids_restore = torch.empty_like(ids_shuffle).scatter_(
+        1, ids_shuffle, torch.arange(x.shape[1], device=x.device).expand_as(ids_shuffle)
+    )
+    ids_keep = ids_shuffle[:, :keep, None].expand(-1, -1, x.shape[2])
+    return MaskedPatches(x.gather(1, ids_keep), (ids_restore >= keep).float(), ids_restore)
+
+
+def _tie_free(scores: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Int64 keys in the order of `scores`, ties in random order."""
+    # The bits of floats >= 0 order as the floats do; random bits go below them.
+    bits = scores.detach().float().view(torch.int32).long()
+    return bits << 32 | torch.randint(1 << 31, bits.shape, device=bits.device, generator=generator)

@@ -1,0 +1,311 @@
+"""The masks as modules: each is a few lines of scores, and `Masking` turns scores into what an MAE needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional as F
+from .functional import GridSize, MaskedPatches
+from .schedule import alpha_at, clamp_epoch
+
+__all__ = ["BlockMask", "EvolvingMask", "GridMask", "Masking", "PartMask", "RandomMask"]
+
+HOW_TO_GET_PARTS = (
+    "pass parts=teacher(images) with a PartTeacher, parts=GraphCutPartitioner()(affinity), "
+    "or any segmentation as integers [B, N]"
+)
+
+
+class Masking(nn.Module):
+    """Base of all masks: removes the patches with the highest scores. A subclass says how to `draw` them.
+
+    Args:
+        grid_size: the side of a square patch grid, or (H, W), in patches; inferred from x where None.
+    """
+
+    def __init__(self, grid_size: GridSize | None = None) -> None:
+        super().__init__()
+        self.grid_size = grid_size
+
+    @property
+    def needs_parts(self) -> bool:
+        """Whether the next call must be given `parts`."""
+        return False
+
+    def scores(
+        self,
+        batch_size: int,
+        grid_size: GridSize,
+        *,
+        parts: Tensor | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The score map p: the patches with the highest values are removed.
+
+        Args:
+            batch_size: number of images B.
+            grid_size: the side of a square patch grid, or (H, W), in patches.
+            parts: [B, N] integers in 0..N-1, the part of each patch; only for masks that need parts.
+            device: where to draw; that of `parts`, else torch's default device, where None.
+            generator: source of randomness, on the same device; torch's default one where None.
+
+        Returns:
+            [B, N] float32 in [0, 1].
+        """
+        if device is None and parts is not None:
+            device = parts.device
+        pair = (grid_size, grid_size) if isinstance(grid_size, int) else (grid_size[0], grid_size[1])
+        return self.draw(batch_size, pair, parts, device=device, generator=generator)
+
+    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Tensor:
+        """What `scores` returns, for subclasses to write; `source` is the device and the generator to draw with."""
+        raise NotImplementedError(f"{type(self).__name__} must define draw(batch_size, grid_size, parts, **source)")
+
+    def forward(
+        self,
+        x: Tensor,
+        mask_ratio: float = 0.75,
+        *,
+        parts: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> MaskedPatches:
+        """Remove ``N - int(N * (1 - mask_ratio))`` patches from every image.
+
+        Args:
+            x: patches, [B, N, D] or [B, H, W, D], of any dtype, on any device; gradients flow to it.
+            mask_ratio: share of patches to remove, in [0, 1).
+            parts: [B, N] integers in 0..N-1, the part of each patch; only for masks that need parts.
+            generator: source of randomness, on the device of x; torch's default one where None. torch.compile cannot
+                trace a generator: there, seed with torch.manual_seed.
+
+        Returns:
+            MaskedPatches: visible [B, N_keep, D], mask [B, N] float32 (0 keep, 1 remove), ids_restore [B, N] int64.
+
+        Raises:
+            ValueError: where mask_ratio is outside [0, 1) or leaves nothing, where the patches do not fit the grid,
+                or where parts are missing or malformed.
+        """
+        x, grid_size = self._flatten(x)
+        scores = self.scores(x.shape[0], grid_size, parts=parts, device=x.device, generator=generator)
+        return F.mask_patches(x, scores, mask_ratio, generator=generator)
+
+    def _flatten(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        if x.ndim == 3:
+            return x, F.resolve_grid(x.shape[1], self.grid_size)
+        if x.ndim != 4:
+            raise ValueError(f"x has shape {list(x.shape)}, but must be [B, N, D] or [B, H, W, D]")
+        height, width = x.shape[1:3]
+        if self.grid_size is not None and (height, width) != F.resolve_grid(height * width, self.grid_size):
+            raise ValueError(f"x of shape {list(x.shape)} has a {height} x {width} grid, not {self.grid_size!r}")
+        return x.flatten(1, 2), (height, width)
+
+    def extra_repr(self) -> str:
+        return "" if self.grid_size is None else f"grid_size={self.grid_size}"
+
+
+class RandomMask(Masking):
+    """Every patch alike: MAE's `random_masking`.
+
+    Args:
+        grid_size: the side of a square patch grid, or (H, W), in patches; inferred from x where None.
+
+    Shape:
+        x [B, N, D] or [B, H, W, D] to visible [B, N_keep, D], mask [B, N], ids_restore [B, N].
+
+    Example:
+        >>> visible, mask, ids_restore = RandomMask()(torch.randn(2, 196, 8), 0.75)
+        >>> visible.shape, mask.sum(1)
+        (torch.Size([2, 49, 8]), tensor([147., 147.]))
+
+    Source: Masked Autoencoders, https://arxiv.org/abs/2111.06377
+    """
+
+    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Tensor:
+        return F.random_scores(batch_size, grid_size, **source)
+
+
+class GridMask(Masking):
+    """The same cells of a small pattern, all over the image; which ones is drawn for each image.
+
+    Args:
+        period: side of the pattern, in patches: at 2 and mask_ratio 0.75, one cell of four stays.
+        grid_size: the side of a square patch grid, or (H, W), in patches; inferred from x where None.
+
+    Shape:
+        x [B, N, D] or [B, H, W, D] to visible [B, N_keep, D], mask [B, N], ids_restore [B, N].
+
+    Example:
+        >>> mask = GridMask()(torch.randn(1, 16, 8), 0.75).mask.reshape(4, 4)
+        >>> bool((mask[::2, ::2] == mask[0, 0]).all())
+        True
+
+    Source: Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
+    """
+
+    def __init__(self, period: int = 2, *, grid_size: GridSize | None = None) -> None:
+        super().__init__(grid_size)
+        if period < 1:
+            raise ValueError(f"period={period} must be at least 1: it is the side of the pattern, in patches")
+        self.period = period
+
+    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Tensor:
+        return F.grid_scores(batch_size, grid_size, period=self.period, **source)
+
+
+class BlockMask(Masking):
+    """Random rectangles, as BEiT draws them; the last one is cut to fit the mask ratio.
+
+    Args:
+        num_blocks: rectangles for each image; patches that none covers are removed last, at random.
+        area: least and greatest area of a rectangle, as a share of the image.
+        aspect: least and greatest height / width of a rectangle.
+        grid_size: the side of a square patch grid, or (H, W), in patches; inferred from x where None.
+
+    Shape:
+        x [B, N, D] or [B, H, W, D] to visible [B, N_keep, D], mask [B, N], ids_restore [B, N].
+
+    Example:
+        >>> BlockMask()(torch.randn(2, 196, 8), 0.5).visible.shape
+        torch.Size([2, 98, 8])
+
+    Source: BEiT, https://arxiv.org/abs/2106.08254
+    """
+
+    def __init__(
+        self,
+        num_blocks: int = 16,
+        *,
+        area: tuple[float, float] = (16 / 196, 0.4),
+        aspect: tuple[float, float] = (0.3, 1 / 0.3),
+        grid_size: GridSize | None = None,
+    ) -> None:
+        super().__init__(grid_size)
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks={num_blocks} must be at least 1")
+        if not 0 < area[0] <= area[1] <= 1:
+            raise ValueError(f"area={area} must be (least, greatest) with 0 < least <= greatest <= 1")
+        if not 0 < aspect[0] <= aspect[1]:
+            raise ValueError(f"aspect={aspect} must be (least, greatest) with 0 < least <= greatest")
+        self.num_blocks, self.area, self.aspect = num_blocks, area, aspect
+
+    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Tensor:
+        shape: dict[str, Any] = {"num_blocks": self.num_blocks, "area": self.area, "aspect": self.aspect}
+        return F.block_scores(batch_size, grid_size, **shape, **source)
+
+
+class PartMask(Masking):
+    """Whole parts; at most one part is cut, at random, to fit the mask ratio.
+
+    Args:
+        grid_size: the side of a square patch grid, or (H, W), in patches; inferred from x where None.
+
+    Shape:
+        x [B, N, D] or [B, H, W, D] and parts [B, N] to visible [B, N_keep, D], mask [B, N], ids_restore [B, N].
+
+    Example:
+        >>> parts = torch.tensor([[0, 0, 1, 1]])
+        >>> mask = PartMask()(torch.randn(1, 4, 8), 0.5, parts=parts).mask
+        >>> bool(mask[0, 0] == mask[0, 1])
+        True
+
+    Source: Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
+    """
+
+    @property
+    def needs_parts(self) -> bool:
+        """True: there are no whole parts without parts."""
+        return True
+
+    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Tensor:
+        if parts is None:
+            raise ValueError(f"PartMask needs parts, but got None: {HOW_TO_GET_PARTS}")
+        F.check_parts(parts, (batch_size, grid_size[0] * grid_size[1]))
+        return F.part_scores(parts.to(source["device"]), generator=source["generator"])
+
+
+class EvolvingMask(Masking):
+    """A mask that moves from one mask to another over training: from a grid to parts, unless told otherwise.
+
+    `alpha` is 0 (all start) until the first `set_epoch`, then ``((epoch + 1) / total_epochs) ** power``. It is saved in
+    `state_dict`, so that a resumed run goes on where it stopped.
+
+    Args:
+        total_epochs: length of training, in epochs.
+        start: mask at the start of training; GridMask() where None.
+        end: mask at the end of training; PartMask() where None.
+        power: of training progress; 0.5 moves fast at first, 1 moves evenly.
+        grid_size: the side of a square patch grid, or (H, W), in patches; inferred from x where None.
+
+    Shape:
+        x [B, N, D] or [B, H, W, D] and parts [B, N] to visible [B, N_keep, D], mask [B, N], ids_restore [B, N].
+
+    Example:
+        >>> masking = EvolvingMask(total_epochs=100)
+        >>> masking.set_epoch(24)
+        >>> masking.alpha, masking.needs_parts
+        (tensor(0.5000), True)
+        >>> parts = torch.arange(196).expand(2, -1) // 20
+        >>> masking(torch.randn(2, 196, 8), 0.75, parts=parts).visible.shape
+        torch.Size([2, 49, 8])
+
+    Source: Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
+    """
+
+    alpha: Tensor
+    epoch: Tensor
+
+    def __init__(
+        self,
+        total_epochs: float,
+        *,
+        start: Masking | None = None,
+        end: Masking | None = None,
+        power: float = 0.5,
+        grid_size: GridSize | None = None,
+    ) -> None:
+        super().__init__(grid_size)
+        alpha_at(0, total_epochs, power)  # refuses a bad total_epochs here, not an epoch later
+        self.start = GridMask() if start is None else start
+        self.end = PartMask() if end is None else end
+        self.total_epochs, self.power = total_epochs, power
+        self.register_buffer("alpha", torch.zeros(()))
+        self.register_buffer("epoch", torch.zeros(()))
+        # A copy for the host, so that needs_parts does not wait for the device.
+        self._alpha = 0.0
+        self.register_load_state_dict_post_hook(_read_alpha)
+
+    def set_epoch(self, epoch: float) -> None:
+        """Move to an epoch, counted from 0; fractions are progress within an epoch. Clamped to the training."""
+        self._alpha = alpha_at(epoch, self.total_epochs, self.power)
+        self.alpha.fill_(self._alpha)
+        self.epoch.fill_(clamp_epoch(epoch, self.total_epochs))
+
+    @property
+    def needs_parts(self) -> bool:
+        """Whether a mask that needs parts has weight now."""
+        return (self.start.needs_parts and self._alpha < 1) or (self.end.needs_parts and self._alpha > 0)
+
+    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Tensor:
+        if parts is None and self.needs_parts:
+            raise ValueError(f"EvolvingMask with alpha={self._alpha:.3g} needs parts, but got None: {HOW_TO_GET_PARTS}")
+        # Without parts, a mask that needs them has no weight: the other one is all there is.
+        if parts is None and self.end.needs_parts:
+            return self.start.scores(batch_size, grid_size, **source)
+        if parts is None and self.start.needs_parts:
+            return self.end.scores(batch_size, grid_size, **source)
+        start = self.start.scores(batch_size, grid_size, parts=parts, **source)
+        end = self.end.scores(batch_size, grid_size, parts=parts, **source)
+        return F.blend_scores(start, end, self.alpha.to(start))
+
+    def extra_repr(self) -> str:
+        grid = super().extra_repr()
+        return f"total_epochs={self.total_epochs}, power={self.power}" + (f", {grid}" if grid else "")
+
+
+def _read_alpha(masking: nn.Module, incompatible_keys: Any) -> None:
+    assert isinstance(masking, EvolvingMask)
+    masking._alpha = float(masking.alpha)

@@ -1,0 +1,354 @@
+"""Attention affinities to parts: recursive min cuts, or the clustering of the paper's released code."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .functional import GridSize, resolve_grid
+from .mincut import OFFSETS, SOLVERS, grid_min_cut
+
+__all__ = ["EMPartitioner", "GraphCutPartitioner", "PartHierarchy"]
+
+LLOYD_STEPS = 4
+CAPACITY_SCALE = 1 << 16  # what a mean distance, or a mean edge, is worth as an integer capacity
+CAPACITY_LIMIT = 1 << 30
+
+
+class PartHierarchy(NamedTuple):
+    """Every nested partition of one solve: a binary tree of splits for each image, and the order to make them in.
+
+    Nodes are numbered as in a heap: the whole image is 1, the two sides of node n are 2n and 2n + 1.
+    """
+
+    leaves: Tensor
+    """[B, N] int64: the deepest node that holds each patch."""
+    order: Tensor
+    """[B, 2 ** depth] int64: the place of each inner node among the splits, best first; 2 ** depth for no split."""
+
+    def cut(self, num_parts: int) -> Tensor:
+        """The partition that the best `num_parts - 1` splits give, a child never before its parent.
+
+        Args:
+            num_parts: number of parts K that is wanted, at least 1.
+
+        Returns:
+            parts [B, N] int64: labels 0..k-1 without gaps in each image, k <= K; fewer if the data has no more.
+            Every cut(K) is a coarsening of cut(K + 1).
+
+        Example:
+            >>> affinity = torch.block_diag(torch.ones(8, 8), torch.ones(8, 8))[None]
+            >>> GraphCutPartitioner().hierarchy(affinity).cut(2)
+            tensor([[0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]])
+        """
+        _check_num_parts(num_parts)
+        depth = self.order.shape[1].bit_length() - 1
+        # The splits that are made lie on the way from the root: their number is the depth of a patch's part.
+        ancestors = torch.stack([self.leaves >> (depth - level) for level in range(depth)], -1)
+        made = self.order.gather(1, ancestors.flatten(1)).view_as(ancestors) < num_parts - 1
+        return _renumber(self.leaves >> (depth - made.sum(-1)), 2 * self.order.shape[1])
+
+
+class _Partitioner(nn.Module):
+    """What both partitioners do with an affinity before they cut it."""
+
+    def __init__(self, num_parts: int) -> None:
+        super().__init__()
+        _check_num_parts(num_parts)
+        self.num_parts = num_parts
+        self._warned = False
+
+    def _clean(self, affinity: Tensor) -> Tensor:
+        """[B, N, N] in 64 bits, mean over heads, 0 for what is no affinity, the largest value of an image 1."""
+        if affinity.ndim not in (3, 4) or affinity.shape[-1] != affinity.shape[-2]:
+            raise ValueError(
+                f"affinity has shape {list(affinity.shape)}, but must be [B, N, N] or [B, heads, N, N] with one row and "
+                "one column for each patch"
+            )
+        finite = affinity.isfinite()
+        if not self._warned and not bool(finite.all()):
+            self._warned = True
+            warnings.warn(
+                f"{int((~finite).sum())} of {affinity.numel()} affinities are NaN or inf and count as 0: "
+                "the model that they come from may have diverged. This warning is given once.",
+                stacklevel=4,
+            )
+        affinity = torch.where(finite & (affinity > 0), affinity, 0).to(_wide(affinity.device))
+        affinity = affinity.mean(1) if affinity.ndim == 4 else affinity
+        return affinity / _or_one(affinity.amax((1, 2), keepdim=True))
+
+
+class GraphCutPartitioner(_Partitioner):
+    """Parts by recursive min cuts on an attention affinity, a level of the whole batch at a time.
+
+    Features are rows of the square root of the affinity, unit length. In each part, two means give the terminal
+    capacities and the affinity between 8-neighbours gives the edges of a min cut, which splits the part; the splits
+    that lower the variance within parts the most are kept.
+
+    Args:
+        num_parts: number of parts K where the call names none.
+        smoothness: weight of the edges against the distances to the means: higher gives smoother outlines.
+        solver: of `maskevolve.mincut.grid_min_cut`: "auto", "pymaxflow" or "torch".
+
+    Shape:
+        affinity [B, N, N] or [B, heads, N, N] to parts [B, N] int64.
+        Memory: a few [B, N, N] arrays, in 64 bits while the features are compared.
+
+    Example:
+        >>> affinity = torch.block_diag(torch.ones(8, 8), torch.ones(8, 8))[None]  # two halves of a 4 x 4 grid
+        >>> GraphCutPartitioner(num_parts=2)(affinity).reshape(4, 4)
+        tensor([[0, 0, 0, 0],
+                [0, 0, 0, 0],
+                [1, 1, 1, 1],
+                [1, 1, 1, 1]])
+
+    Source: the graph cut of Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
+    """
+
+    def __init__(self, num_parts: int = 10, *, smoothness: float = 0.4, solver: str = "auto") -> None:
+        super().__init__(num_parts)
+        if not smoothness >= 0:
+            raise ValueError(f"smoothness={smoothness} must not be negative")
+        if solver not in SOLVERS:
+            raise ValueError(f"solver={solver!r} is not one of {', '.join(map(repr, SOLVERS))}")
+        self.smoothness, self.solver = smoothness, solver
+
+    def forward(self, affinity: Tensor, num_parts: int | None = None, grid_size: GridSize | None = None) -> Tensor:
+        """Cut every image into at most `num_parts` parts.
+
+        Args:
+            affinity: [B, N, N] or [B, heads, N, N], any float type, >= 0: how much the patches of an image belong
+                together. Its scale does not matter; it need not be symmetric. NaN, inf and values below 0 count as 0.
+            num_parts: number of parts K; that of the partitioner where None.
+            grid_size: the side of a square patch grid, or (H, W), in patches; a square where None.
+
+        Returns:
+            parts [B, N] int64: labels 0..k-1 without gaps in each image, k <= K; fewer where the affinity has fewer.
+
+        Raises:
+            ValueError: where the affinity is not square or the grid does not fit.
+        """
+        num_parts = self.num_parts if num_parts is None else num_parts
+        return self.hierarchy(affinity, num_parts, grid_size).cut(num_parts)
+
+    @torch.no_grad()
+    def hierarchy(
+        self, affinity: Tensor, num_parts: int | None = None, grid_size: GridSize | None = None
+    ) -> PartHierarchy:
+        """Every nested partition up to `num_parts` parts from one solve: see `forward` for the arguments.
+
+        Returns:
+            PartHierarchy: ``.cut(K)`` is the partition into at most K parts.
+        """
+        num_parts = self.num_parts if num_parts is None else num_parts
+        _check_num_parts(num_parts)
+        with torch.autocast(affinity.device.type, enabled=False):
+            affinity = self._clean(affinity)
+            affinity = (affinity + affinity.mT) / 2
+            height, width = resolve_grid(affinity.shape[1], grid_size)
+            gram = _gram(affinity)
+            neighbours, inside = _neighbours(height, width, affinity.device)
+            edges = _edges(affinity, neighbours, inside, self.smoothness)
+            nodes = torch.ones(affinity.shape[:2], dtype=torch.long, device=affinity.device)
+            gains = []
+            for level in range(max(min(num_parts, height * width) - 1, 0).bit_length() + 1):
+                parts = _Parts(gram, nodes - (1 << level), 1 << level)
+                near_first, near_second = parts.two_means()
+                # A cut pays `source` for a node on the sink's side, which is that of the second mean.
+                sides = grid_min_cut(
+                    _capacity(near_second).view(-1, height, width),
+                    _capacity(near_first).view(-1, height, width),
+                    (edges * (parts.labels[:, neighbours] == parts.labels[:, None])).unflatten(2, (height, width)),
+                    solver=self.solver,
+                ).flatten(1)
+                gains.append(parts.gain(sides))
+                nodes = 2 * nodes + sides
+            return PartHierarchy(nodes, _split_order(gains))
+
+    def extra_repr(self) -> str:
+        return f"num_parts={self.num_parts}, smoothness={self.smoothness}, solver={self.solver!r}"
+
+
+class EMPartitioner(_Partitioner):
+    """Parts as the paper's released code makes them: EM clustering of the affinity's columns.
+
+    The released code sums attention over the 12 x 12 heads and blocks of a ViT-B and multiplies it by 40 in a softmax;
+    any affinity is brought to that scale here. Starts from random unit means, drawn for each image from torch's default
+    generator.
+
+    Args:
+        num_parts: number of parts K where the call names none.
+        steps: EM steps.
+        kappa: scale of the kernel.
+
+    Shape:
+        affinity [B, N, N] or [B, heads, N, N] to parts [B, N] int64.
+
+    Example:
+        >>> EMPartitioner(num_parts=4)(torch.rand(2, 196, 196)).shape
+        torch.Size([2, 196])
+
+    Source: the released code of Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001;
+        EM attention, https://arxiv.org/abs/1907.13426
+    """
+
+    def __init__(self, num_parts: int = 10, *, steps: int = 15, kappa: float = 40.0) -> None:
+        super().__init__(num_parts)
+        self.steps, self.kappa = steps, kappa
+
+    @torch.no_grad()
+    def forward(self, affinity: Tensor, num_parts: int | None = None, grid_size: GridSize | None = None) -> Tensor:
+        """Cluster every image into at most `num_parts` parts; arguments as for `GraphCutPartitioner`.
+
+        Returns:
+            parts [B, N] int64: labels 0..k-1 without gaps in each image, k <= K.
+        """
+        num_parts = self.num_parts if num_parts is None else num_parts
+        _check_num_parts(num_parts)
+        with torch.autocast(affinity.device.type, enabled=False):
+            affinity = self._clean(affinity).float()
+            resolve_grid(affinity.shape[1], grid_size)
+            maps = affinity.shape[1] * 144 / _or_one(affinity.sum((1, 2), keepdim=True))
+            features = affinity.mT * maps  # one row a patch: how much each patch attends to it
+            means = torch.randn(len(features), num_parts, features.shape[2], device=features.device)
+            for _ in range(self.steps):
+                means = nn.functional.normalize(means, dim=2)
+                members = (self.kappa * features @ means.mT).softmax(2)
+                means = (members / (1e-6 + members.sum(1, keepdim=True))).mT @ features
+            members = (self.kappa * features @ nn.functional.normalize(means, dim=2).mT).softmax(2)
+            labels = (members / (1e-6 + members.sum(1, keepdim=True))).argmax(2)
+            return _renumber(labels, num_parts)
+
+    def extra_repr(self) -> str:
+        return f"num_parts={self.num_parts}, steps={self.steps}, kappa={self.kappa}"
+
+
+class _Parts:
+    """The parts of one level of all images. Sums over a part are sums of integers: exact, so their order is free."""
+
+    def __init__(self, gram: Tensor, labels: Tensor, num_parts: int) -> None:
+        self.labels, self.num_parts = labels, num_parts
+        self.gram = gram * (labels[:, :, None] == labels[:, None, :])
+        self.norms = gram.diagonal(dim1=1, dim2=2).to(_wide(gram.device))
+        self.all = torch.ones_like(self.norms)
+        self.count = self.total(self.all)
+        self.inner_all = self.inner(self.all)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over each part: [B, N] to [B, num_parts]."""
+        return values.new_zeros(len(values), self.num_parts).scatter_add(1, self.labels, values)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """A value a part to a value a patch: [B, num_parts] to [B, N]."""
+        return values.gather(1, self.labels)
+
+    def inner(self, members: Tensor) -> Tensor:
+        """Inner product of each patch with the sum of the members of its part, [B, N]."""
+        return (self.gram @ members.to(self.gram)[..., None])[..., 0].to(members)
+
+    def distance(self, members: Tensor, inner: Tensor) -> Tensor:
+        """Squared distance of each patch to the mean of the members of its part, [B, N]."""
+        count = self.spread(self.total(members)).clamp(min=1)
+        return self.norms - 2 * inner / count + self.spread(self.total(members * inner)) / count**2
+
+    def farthest(self, distance: Tensor) -> Tensor:
+        """Squared distance of each patch to the first patch that is farthest within its part, [B, N]."""
+        most = torch.full_like(self.count, -torch.inf).scatter_reduce(1, self.labels, distance, "amax")
+        index = torch.arange(distance.shape[1], device=distance.device).expand_as(self.labels)
+        index = torch.where(distance == self.spread(most), index, distance.shape[1] - 1)
+        last = torch.full_like(most, distance.shape[1] - 1, dtype=torch.long)
+        seed = self.spread(last.scatter_reduce(1, self.labels, index, "amin"))
+        inner = self.gram.gather(2, seed[..., None])[..., 0]
+        return self.norms - 2 * inner + self.norms.gather(1, seed)
+
+    def two_means(self) -> tuple[Tensor, Tensor]:
+        """Squared distances to the two means of each patch's part, over the part's mean distance: [B, N] each."""
+        near_first = self.farthest(self.distance(self.all, self.inner_all))
+        near_second = self.farthest(near_first)
+        for _ in range(LLOYD_STEPS):
+            second = (near_second < near_first).to(self.norms)
+            inner = self.inner(second)
+            near_first = self.distance(1 - second, self.inner_all - inner)
+            near_second = self.distance(second, inner)
+        mean = self.total((near_first + near_second) / 2) / self.count.clamp(min=1)
+        return near_first / _or_one(self.spread(mean)), near_second / _or_one(self.spread(mean))
+
+    def gain(self, sides: Tensor) -> Tensor:
+        """How much each split lowers the squared distances to the means, [B, num_parts]; -1 where nothing is split."""
+        second = sides.to(self.norms)
+        inner = self.inner(second)
+        gain, valid = -self.total(self.inner_all) / self.count.clamp(min=1), self.count > 0
+        for members, products in ((1 - second, self.inner_all - inner), (second, inner)):
+            count = self.total(members)
+            gain = gain + self.total(members * products) / count.clamp(min=1)
+            valid = valid & (count > 0)
+        return torch.where(valid, gain.clamp(min=0), -1)
+
+
+def _split_order(gains: list[Tensor]) -> Tensor:
+    """[B, 2 ** depth]: the place of each node of the tree among the splits, best first, a child after its parent."""
+    best = [gains[0]]
+    for gain in gains[1:]:
+        best.append(torch.minimum(gain, best[-1].repeat_interleave(2, 1)))
+    gain = torch.cat([torch.full_like(gains[0], -1), *best], 1)  # heap numbers start at 1
+    nodes = gain.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(gain.shape[1], device=gain.device).expand_as(nodes)
+    return torch.where(gain < 0, gain.shape[1], torch.empty_like(nodes).scatter_(1, nodes, places))
+
+
+def _gram(affinity: Tensor) -> Tensor:
+    """Inner products of the patches' features, [B, N, N] float32 with integer values.
+
+    The integers are so small that a float32 sum over a row is exact: whatever its order, on whatever device.
+    """
+    features = nn.functional.normalize(affinity.sqrt(), dim=2)
+    features = features - features.mean(1, keepdim=True)
+    gram = features @ features.mT
+    largest = gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
+    scale = torch.where(largest > 1e-12, (1 << 24) / gram.shape[1] / largest, 0)  # below: rounding, not structure
+    return (gram * scale).round().float()
+
+
+def _neighbours(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The patch in each of the 8 directions, [8, N], or the patch itself where there is none; and where there is."""
+    patch = torch.arange(height * width, device=device)
+    index, inside = [], []
+    for rows, columns in OFFSETS:
+        row, column = patch // width + rows, patch % width + columns
+        inside.append((row >= 0) & (row < height) & (column >= 0) & (column < width))
+        index.append(torch.where(inside[-1], row * width + column, patch))
+    return torch.stack(index), torch.stack(inside)
+
+
+def _edges(affinity: Tensor, neighbours: Tensor, inside: Tensor, smoothness: float) -> Tensor:
+    """[B, 8, N] int32: capacities between 8-neighbours, `smoothness` for an edge of mean affinity."""
+    patch = torch.arange(affinity.shape[1], device=affinity.device)
+    weights = affinity[:, patch, neighbours] * inside
+    mean = weights.sum((1, 2), keepdim=True) / inside.sum().clamp(min=1)
+    return _capacity(smoothness * weights / _or_one(mean))
+
+
+def _capacity(values: Tensor) -> Tensor:
+    return (values * CAPACITY_SCALE).round().clamp(0, CAPACITY_LIMIT).int()
+
+
+def _or_one(divisor: Tensor) -> Tensor:
+    return torch.where(divisor > 0, divisor, 1)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _renumber(labels: Tensor, limit: int) -> Tensor:
+    """Labels below `limit`, renumbered in order to 0..k-1 without gaps in each image."""
+    present = torch.zeros(len(labels), limit, dtype=torch.long, device=labels.device).scatter_(1, labels, 1)
+    return (present.cumsum(1) - 1).gather(1, labels)
+
+
+def _check_num_parts(num_parts: int) -> None:
+    if num_parts < 1:
+        raise ValueError(f"num_parts={num_parts} must be at least 1")

@@ -1,0 +1,101 @@
+"""The parts of an image, as a slow copy of the model in training sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .attention import attention_affinity, patch_grid
+from .schedule import clamp_epoch, num_parts_at
+
+__all__ = ["PartTeacher"]
+
+
+class PartTeacher(nn.Module):
+    """An exponential moving average of a ViT, its attention, and a partitioner: images in, parts out.
+
+    It is a module of its own with its own `state_dict`: keep it beside the model, not in it, and save both. It never
+    trains: no gradients, always in eval mode.
+
+    Args:
+        model: the ViT or MAE that trains; it is copied.
+        partitioner: GraphCutPartitioner() or EMPartitioner(), or any module with their call.
+        total_epochs: length of training, in epochs.
+        num_parts: number of parts in the first and in the last epoch; it changes linearly.
+        decay: of the moving average, for each update; short runs want less than 0.9999.
+        layers: attention layers to read, counted from 0 or, below 0, from the end; all where None.
+
+    Shape:
+        images [B, C, height, width] to parts [B, N] int64.
+
+    Example:
+        >>> import timm
+        >>> from maskevolve import GraphCutPartitioner
+        >>> vit = timm.create_model("vit_tiny_patch16_224", depth=2)
+        >>> teacher = PartTeacher(vit, GraphCutPartitioner(), total_epochs=100)
+        >>> teacher.update(vit)  # after each optimizer step
+        >>> teacher.set_epoch(50)
+        >>> teacher(torch.randn(2, 3, 224, 224)).shape
+        torch.Size([2, 196])
+
+    Source: Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
+    """
+
+    epoch: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        partitioner: nn.Module,
+        *,
+        total_epochs: float,
+        num_parts: tuple[int, int] = (40, 10),
+        decay: float = 0.9999,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        if min(num_parts) < 1:
+            raise ValueError(f"num_parts={num_parts} must be (in the first epoch, in the last epoch), each at least 1")
+        self.model = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
+        self.partitioner = partitioner
+        self.total_epochs, self.part_range, self.layers = total_epochs, num_parts, layers
+        self.register_buffer("epoch", torch.zeros(()))
+        self.num_parts = num_parts_at(0, total_epochs, *num_parts)
+        self.register_load_state_dict_post_hook(_read_epoch)
+        self.eval()
+
+    def set_epoch(self, epoch: float) -> None:
+        """Move to an epoch, counted from 0; fractions are progress within an epoch. Clamped to the training."""
+        self.num_parts = num_parts_at(epoch, self.total_epochs, *self.part_range)
+        self.epoch.fill_(clamp_epoch(epoch, self.total_epochs))
+
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards `model`: call it after each optimizer step. The first call copies the model."""
+        self.model.update_parameters(model)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Cut images into parts.
+
+        Args:
+            images: what the model takes, [B, C, height, width] in pixels.
+
+        Returns:
+            parts [B, N] int64: labels 0..k-1 without gaps in each image, k at most the number of parts of this epoch.
+        """
+        affinity = attention_affinity(self.model.module, images, self.layers)
+        parts: Tensor = self.partitioner(affinity, self.num_parts, grid_size=patch_grid(self.model.module, images))
+        return parts
+
+    def train(self, mode: bool = True) -> PartTeacher:
+        """Stays in eval mode, whatever is asked: a teacher has no dropout."""
+        return super().train(False)
+
+
+def _read_epoch(teacher: nn.Module, incompatible_keys: Any) -> None:
+    assert isinstance(teacher, PartTeacher)
+    teacher.set_epoch(float(teacher.epoch))

@@ -1,0 +1,390 @@
+"""What users of a mask rely on, tested from the outside."""
+
+import math
+
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskevolve import BlockMask, EvolvingMask, GridMask, MaskedPatches, PartMask, RandomMask
+from maskevolve import functional as F
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_parts(batch_size: int, num_patches: int, num_parts: int = 5, seed: int = 0) -> torch.Tensor:
+    return torch.randint(min(num_parts, num_patches), (batch_size, num_patches), generator=seeded(seed))
+
+
+def halfway(**options) -> EvolvingMask:
+    masking = EvolvingMask(10, **options)
+    masking.set_epoch(4)
+    return masking
+
+
+MASKS = {
+    "random": RandomMask,
+    "grid": GridMask,
+    "grid3": lambda: GridMask(period=3),
+    "block": BlockMask,
+    "part": PartMask,
+    "evolving": halfway,
+    "evolving-block": lambda: halfway(end=BlockMask()),
+}
+every_mask = pytest.mark.parametrize("make", MASKS.values(), ids=MASKS.keys())
+
+
+@every_mask
+@settings(max_examples=25, deadline=None)
+@given(
+    batch_size=st.integers(1, 4),
+    height=st.integers(1, 17),
+    width=st.integers(1, 17),
+    channels=st.integers(1, 5),
+    mask_ratio=st.floats(0, 0.99),
+    dtype=st.sampled_from(DTYPES),
+    flat=st.booleans(),
+)
+def test_exact_counts_and_mae_conventions(make, batch_size, height, width, channels, mask_ratio, dtype, flat):
+    num_patches = height * width
+    keep = int(num_patches * (1 - mask_ratio))
+    if keep < 1:
+        return
+    masking, parts = make(), random_parts(batch_size, num_patches)
+    x = torch.randn(batch_size, height, width, channels).to(dtype)
+    if flat:
+        masking.grid_size = (height, width)
+    visible, mask, ids_restore = masking(x.flatten(1, 2) if flat else x, mask_ratio, parts=parts)
+
+    assert (visible.shape, visible.dtype) == ((batch_size, keep, channels), dtype)
+    assert (mask.shape, mask.dtype) == ((batch_size, num_patches), torch.float32)
+    assert (ids_restore.shape, ids_restore.dtype) == ((batch_size, num_patches), torch.int64)
+    for image, seen, removed, restore in zip(x.flatten(1, 2), visible, mask, ids_restore, strict=True):
+        assert removed.sum() == num_patches - keep
+        assert sorted(restore.tolist()) == list(range(num_patches))
+        for patch in range(num_patches):  # as MAE's decoder reads it
+            assert (removed[patch] == 0) == (restore[patch] < keep)
+            if restore[patch] < keep:
+                assert torch.equal(seen[restore[patch]], image[patch])
+
+
+@every_mask
+def test_the_highest_scores_are_removed(make):
+    masking, parts = make(), random_parts(8, 144)
+    p = masking.scores(8, 12, parts=parts, generator=seeded())
+    mask = masking(torch.zeros(8, 144, 1), 0.6, parts=parts, generator=seeded()).mask
+    assert p.dtype == torch.float32
+    assert p.min() >= 0
+    assert p.max() <= 1
+    for scores, removed in zip(p, mask.bool(), strict=True):
+        assert scores[removed].min() >= scores[~removed].max()
+
+
+@every_mask
+def test_images_differ_and_seeds_repeat(make):
+    masking, x, parts = make(), torch.zeros(8, 196, 1), random_parts(1, 196).expand(8, -1)
+    first = masking(x, 0.75, parts=parts, generator=seeded(1)).mask
+    again = masking(x, 0.75, parts=parts, generator=seeded(1)).mask
+    other = masking(x, 0.75, parts=parts, generator=seeded(2)).mask
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert len({tuple(mask.tolist()) for mask in first}) > 1
+    torch.manual_seed(3)
+    first = masking(x, 0.75, parts=parts).mask
+    torch.manual_seed(3)
+    assert torch.equal(first, masking(x, 0.75, parts=parts).mask)
+
+
+@every_mask
+def test_gradients_are_those_of_a_plain_gather(make):
+    masking, parts = make(), random_parts(3, 49)
+    x = torch.randn(3, 49, 4, requires_grad=True)
+    visible, _, ids_restore = masking(x, 0.5, parts=parts, generator=seeded())
+    weight = torch.randn_like(visible)
+    (visible * weight).sum().backward()
+    for image in range(3):
+        for patch in range(49):
+            place = int(ids_restore[image, patch])
+            expected = weight[image, place] if place < 24 else torch.zeros(4)
+            assert torch.equal(x.grad[image, patch], expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(14, 14), (6, 10), (15, 15), (14, 15), (7, 12)])
+def test_grid_mask_shows_one_cell_of_four(height, width):
+    mask = GridMask()(torch.zeros(64, height, width, 1), 0.75, generator=seeded()).mask.view(64, height, width)
+    chosen = []
+    for removed in mask:
+        shown = {
+            (row, column): float(1 - removed[row::2, column::2].mean()) for row in range(2) for column in range(2)
+        }
+        # On odd sides the cells are not of one size: the chosen one is shown whole, or nothing but the chosen one is.
+        best = max(shown, key=lambda cell: shown[cell])
+        rest = [share for cell, share in shown.items() if cell != best]
+        assert shown[best] == 1 or max(rest) == 0
+        if height % 2 == width % 2 == 0:
+            assert shown[best] == 1
+            assert max(rest) == 0
+        chosen.append(best)
+    assert len(set(chosen)) == 4, "the cell is drawn for each image"
+
+
+@settings(max_examples=50, deadline=None)
+@given(side=st.integers(2, 15), num_parts=st.integers(1, 12), mask_ratio=st.floats(0.01, 0.95), seed=st.integers(0, 99))
+def test_part_mask_cuts_at_most_one_part(side, num_parts, mask_ratio, seed):
+    if int(side**2 * (1 - mask_ratio)) < 1:
+        return
+    parts = random_parts(4, side**2, num_parts, seed)
+    mask = PartMask()(torch.zeros(4, side**2, 1), mask_ratio, parts=parts, generator=seeded(seed)).mask
+    for labels, removed in zip(parts, mask, strict=True):
+        in_pieces = [label for label in labels.unique() if 0 < removed[labels == label].mean() < 1]
+        assert len(in_pieces) <= 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(height=st.integers(1, 9), width=st.integers(1, 9), epoch=st.floats(0, 8.9), seed=st.integers(0, 99))
+def test_evolving_scores_equal_a_plain_loop_over_algorithm_1(height, width, epoch, seed):
+    num_patches = height * width
+    parts = random_parts(2, num_patches, seed=seed)
+    masking = EvolvingMask(10)
+    masking.set_epoch(epoch)
+    draws = seeded(seed)
+    grid = GridMask().scores(2, (height, width), generator=draws)
+    part = PartMask().scores(2, (height, width), parts=parts, generator=draws)
+    p = masking.scores(2, (height, width), parts=parts, generator=seeded(seed))
+
+    alpha = ((epoch + 1) / 10) ** 0.5
+    for image in range(2):
+        grid_ini = {(row, column): grid[image, row * width + column] for row in range(2) for column in range(2)
+                    if row < height and column < width}  # fmt: skip
+        part_ini = {int(label): part[image, i] for i, label in enumerate(parts[image])}
+        for i in range(num_patches):
+            p_grid = grid_ini[(i // width) % 2, (i % width) % 2]
+            p_parts = part_ini[int(parts[image, i])]
+            assert p[image, i] == pytest.approx(float((1 - alpha) * p_grid + alpha * p_parts), abs=1e-6)
+
+
+@pytest.mark.parametrize("mask_ratio", [0.25, 0.75])
+def test_ties_are_broken_without_bias(mask_ratio):
+    draws, num_patches = 4000, 49
+    parts = torch.zeros(draws, num_patches, dtype=torch.long)  # one part covers everything
+    mask = PartMask()(torch.zeros(draws, num_patches, 1), mask_ratio, parts=parts, generator=seeded()).mask
+    removed = mask.sum(0)
+    # Each image removes a fixed number, so the counts vary less than independent ones: scale to chi-squared.
+    share = float(mask[0].mean())
+    statistic = float(((removed - draws * share) ** 2).sum() / (draws * share * (1 - share)))
+    statistic *= (num_patches - 1) / num_patches
+    assert 0.001 < scipy.stats.chi2.sf(statistic, num_patches - 1) < 0.999
+    in_raster_order = torch.zeros(num_patches).index_fill_(0, torch.arange(int(mask[0].sum())), draws)
+    assert float(((in_raster_order - draws * share) ** 2).sum()) > 1000 * float(((removed - draws * share) ** 2).sum())
+
+
+def test_block_mask_removes_rectangles_of_the_ranges_it_was_given():
+    p = BlockMask(num_blocks=1, area=(0.1, 0.3), aspect=(0.5, 2)).scores(500, (20, 24), generator=seeded())
+    areas, aspects, corners = [], [], set()
+    for scores in p.view(500, 20, 24):
+        rows, columns = torch.where(scores == 1)
+        top, left = int(rows.min()), int(columns.min())
+        height, width = int(rows.max()) - top + 1, int(columns.max()) - left + 1
+        assert len(rows) == height * width, "one filled rectangle"
+        areas.append(height * width / 480)
+        aspects.append(height / width)
+        corners.add((top, left))
+    assert 0.08 < min(areas) < 0.13
+    assert 0.27 < max(areas) < 0.33
+    assert 0.4 < min(aspects) < 0.6
+    assert 1.7 < max(aspects) < 2.5
+    assert len(corners) > 100
+
+
+def test_block_mask_is_blocky_and_covers_what_it_must():
+    mask = BlockMask()(torch.zeros(200, 14, 14, 1), 0.75, generator=seeded()).mask.view(200, 14, 14)
+    noise = RandomMask()(torch.zeros(200, 14, 14, 1), 0.75, generator=seeded()).mask.view(200, 14, 14)
+
+    def borders(mask):
+        return float((mask[:, 1:] != mask[:, :-1]).float().mean())
+
+    assert borders(mask) < 0.4 * borders(noise)
+    covered = BlockMask().scores(500, 14, generator=seeded())
+    assert (covered > covered.amin(1, keepdim=True)).float().mean() > 0.85
+
+
+def test_evolving_mask_goes_from_start_to_end():
+    parts = random_parts(4, 196)
+    masking = EvolvingMask(10)
+    assert masking.alpha == 0
+    assert not masking.needs_parts
+    start = masking.scores(4, 14, generator=seeded())
+    assert torch.equal(start, GridMask().scores(4, 14, generator=seeded()))
+    assert torch.equal(start, masking.scores(4, 14, parts=parts, generator=seeded())), "unneeded parts change nothing"
+    masking.set_epoch(9)
+    assert masking.alpha == 1
+    assert masking.needs_parts
+    for scores, labels in zip(masking.scores(4, 14, parts=parts), parts, strict=True):
+        assert all(scores[labels == label].unique().numel() == 1 for label in labels.unique())
+
+
+@pytest.mark.parametrize(("epoch", "alpha"), [(0, 0.1), (24, 0.5), (99, 1), (-7, 0.1), (1e9, 1), (23.5, 0.245**0.5)])
+def test_alpha_follows_the_epoch(epoch, alpha):
+    masking = EvolvingMask(100)
+    masking.set_epoch(epoch)
+    assert masking.alpha.item() == pytest.approx(alpha)
+    assert masking.alpha.shape == ()
+
+
+def test_power_bends_the_schedule():
+    masking = EvolvingMask(100, power=1)
+    masking.set_epoch(24)
+    assert masking.alpha.item() == pytest.approx(0.25)
+
+
+def test_needs_parts_follows_both_ends():
+    assert not halfway(end=BlockMask()).needs_parts
+    masking = EvolvingMask(10, start=PartMask(), end=RandomMask())
+    assert masking.needs_parts
+    masking.set_epoch(9)
+    assert not masking.needs_parts
+    assert torch.equal(masking.scores(2, 4, generator=seeded()), RandomMask().scores(2, 4, generator=seeded()))
+
+
+def test_a_loaded_run_draws_the_same_masks():
+    saved = EvolvingMask(100)
+    saved.set_epoch(37.25)
+    loaded = EvolvingMask(100)
+    loaded.load_state_dict(saved.state_dict())
+    assert {"alpha", "epoch"} <= set(saved.state_dict())
+    assert loaded.needs_parts
+    assert loaded.alpha == saved.alpha
+    assert loaded.epoch == 37.25
+    x, parts = torch.randn(2, 196, 3), random_parts(2, 196)
+    for ours, theirs in zip(
+        saved(x, parts=parts, generator=seeded()), loaded(x, parts=parts, generator=seeded()), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_stay_float32_in_a_half_precision_model(dtype):
+    masking = halfway().to(dtype)
+    assert masking.scores(2, 4, parts=random_parts(2, 16)).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert masking.scores(2, 4, parts=random_parts(2, 16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("end", [PartMask, BlockMask])
+def test_compiles_whole_and_a_new_epoch_does_not_recompile(end):
+    torch._dynamo.reset()
+    masking = EvolvingMask(10, end=end())
+    compiled = torch.compile(masking, fullgraph=True)
+    x, parts = torch.randn(2, 49, 4, requires_grad=True), random_parts(2, 49) if end is PartMask else None
+    masking.set_epoch(0)
+    masks = [compiled(x, 0.75, parts=parts).mask]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for epoch in (1, 4.5, 9):
+            masking.set_epoch(epoch)
+            visible, mask, ids_restore = compiled(x, 0.75, parts=parts)
+            assert (mask.sum(1) == 37).all()
+            assert torch.equal((ids_restore >= 12).float(), mask)
+            masks.append(mask)
+    assert not torch.equal(masks[0], masks[1])
+    visible.sum().backward()
+    assert x.grad.sum() == visible.numel()
+
+
+@pytest.mark.parametrize("mask_class", [RandomMask, GridMask, BlockMask])
+def test_other_masks_compile(mask_class):
+    torch._dynamo.reset()
+    assert (torch.compile(mask_class(), fullgraph=True)(torch.randn(2, 49, 4), 0.5).mask.sum(1) == 25).all()
+
+
+def test_masked_patches_unpack_in_the_order_of_mae():
+    assert MaskedPatches._fields == ("visible", "mask", "ids_restore")
+    assert isinstance(RandomMask()(torch.zeros(1, 4, 1)), MaskedPatches)
+
+
+def test_any_integer_labels_do():
+    labels = random_parts(2, 16, 2)
+    for dtype in (torch.uint8, torch.int32, torch.bool):
+        assert torch.equal(
+            PartMask().scores(2, 4, parts=labels.to(dtype), generator=seeded()),
+            PartMask().scores(2, 4, parts=labels, generator=seeded()),
+        )
+
+
+# Bad input: DESIGN's table, row by row; the message repeats the caller's values.
+
+
+@every_mask
+@pytest.mark.parametrize("mask_ratio", [1, 1.5, -0.1, math.nan, 0.999])
+def test_mask_ratio_out_of_range(make, mask_ratio):
+    with pytest.raises(ValueError, match=rf"mask_ratio={mask_ratio}.*[\[\(]0"):
+        make()(torch.zeros(2, 16, 1), mask_ratio, parts=random_parts(2, 16))
+
+
+@every_mask
+def test_patches_that_form_no_grid(make):
+    masking = make()
+    with pytest.raises(ValueError, match=r"N=50 .*grid_size"):
+        masking(torch.zeros(2, 50, 1), parts=random_parts(2, 50))
+    masking.grid_size = (5, 9)
+    with pytest.raises(ValueError, match=r"\(5, 9\).*45.*N=50"):
+        masking(torch.zeros(2, 50, 1), parts=random_parts(2, 50))
+    with pytest.raises(ValueError, match=r"9 x 5 grid, not \(5, 9\)"):
+        masking(torch.zeros(2, 9, 5, 1), parts=random_parts(2, 45))
+    masking.grid_size = 7
+    with pytest.raises(ValueError, match=r"grid_size=7 .*49.*N=50"):
+        masking(torch.zeros(2, 50, 1), parts=random_parts(2, 50))
+
+
+def test_patches_of_a_wrong_rank():
+    with pytest.raises(ValueError, match=r"\[16, 3\]"):
+        RandomMask()(torch.zeros(16, 3))
+
+
+@pytest.mark.parametrize("make", [PartMask, halfway])
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (torch.zeros(2, 15, dtype=torch.long), r"\[2, 15\].*\[2, 16\]"),
+        (torch.zeros(1, 16, dtype=torch.long), r"\[1, 16\].*\[2, 16\]"),
+        (torch.zeros(2, 4, 4, dtype=torch.long), r"\[2, 4, 4\].*\[2, 16\]"),
+        (torch.zeros(2, 16), r"float32.*long"),
+        (torch.full((2, 16), -1), r"from -1 to -1.*0..15"),
+        (torch.full((2, 16), 16), r"from 16 to 16.*0..15"),
+    ],
+)
+def test_malformed_parts(make, parts, message):
+    with pytest.raises(ValueError, match=message):
+        make()(torch.zeros(2, 16, 1), parts=parts)
+
+
+@pytest.mark.parametrize("make", [PartMask, halfway])
+def test_missing_parts(make):
+    with pytest.raises(ValueError, match=r"(PartMask|alpha=0\.707).*needs parts.*PartTeacher"):
+        make()(torch.zeros(2, 16, 1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GridMask(0),
+        lambda: BlockMask(0),
+        lambda: BlockMask(area=(0.5, 0.2)),
+        lambda: BlockMask(aspect=(0, 1)),
+        lambda: EvolvingMask(0),
+        lambda: EvolvingMask(10).set_epoch(math.nan),
+    ],
+)
+def test_bad_settings(make):
+    with pytest.raises(ValueError, match=r"must be|NaN"):
+        make()
+
+
+def test_scores_of_another_shape():
+    with pytest.raises(ValueError, match=r"\[2, 15\].*\[2, 16, 3\]"):
+        F.mask_patches(torch.zeros(2, 16, 3), torch.zeros(2, 15))
