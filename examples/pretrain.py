@@ -36,24 +36,25 @@ MASKS: dict[str, Callable[[int], Masking]] = {
     "evolving": lambda epochs: EvolvingMask(epochs),
     "evolving-block": lambda epochs: EvolvingMask(epochs, end=BlockMask()),
 }
+MEAN, STD = [[[0.485]], [[0.456]], [[0.406]]], [[[0.229]], [[0.224]], [[0.225]]]  # of ImageNet, as in MAE
 SNAPSHOTS = 5  # points of training in evolution.png
 SHOWN = 4  # photographs in the pictures
 FREE_TO_CHANGE = {"resume", "out", "device", "workers", "data"}  # between a run and its resumption
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, help="folder of images; photographs from scikit-image and scikit-learn if not given")
     add("--mask", choices=MASKS, default="evolving")
     add("--mask-ratio", type=float, default=0.75, help="share of the patches to remove (default: 0.75)")
-    add("--epochs", type=int, default=40, help="default: 40")
+    add("--epochs", type=int, default=36, help="default: 36")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
     add("--out", type=Path, default=Path("runs/pretrain"), help="where to write (default: runs/pretrain)")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--batch-size", type=int, default=32)
-    add("--lr", type=float, default=1e-3)
+    add("--batch-size", type=int, default=16)
+    add("--lr", type=float, default=2e-3)
     add("--ema-decay", type=float, default=0.98, help="of the teacher, a step (default: 0.98; long runs: 0.9999)")
     add("--image-size", type=int, default=96, help="pixels")
     add("--patch-size", type=int, default=8, help="pixels")
@@ -61,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     add("--depth", type=int, default=6, help="blocks of the encoder")
     add("--heads", type=int, default=4)
     add("--workers", type=int, default=0, help="processes that read images")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 class Run:
@@ -157,12 +158,8 @@ def seed_everything(seed: int, stream: int) -> None:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Pixels in [0, 1] to mean 0 and deviation 1, with ImageNet's statistics as in MAE."""
+    """Pixels in [0, 1] to about mean 0 and deviation 1."""
     return (images - images.new_tensor(MEAN)) / images.new_tensor(STD)
-
-
-MEAN = [[[0.485]], [[0.456]], [[0.406]]]
-STD = [[[0.229]], [[0.224]], [[0.225]]]
 
 
 def draw_loss(metrics: list[dict[str, Any]]) -> Figure:
@@ -187,10 +184,11 @@ def draw_reconstruction(shown: Tensor, snapshot: dict[str, Any], patch_size: int
     axes = figure.subplots(3, len(shown), squeeze=False)
     for column, image in enumerate(shown):
         seen = mask_picture(image, snapshot["mask"][column])
-        for ax, picture in zip(axes[:, column], (image.permute(1, 2, 0), seen, painted[column].permute(1, 2, 0))):
-            ax.imshow(np.clip(picture, 0, 1))
+        pictures = (image.permute(1, 2, 0), seen, painted[column].permute(1, 2, 0))
+        for ax, picture in zip(axes[:, column], pictures, strict=True):
+            ax.imshow(np.asarray(picture.clip(0, 1)))
             ax.set_axis_off()
-    for ax, title in zip(axes[:, 0], ("photograph", "visible patches", "reconstruction")):
+    for ax, title in zip(axes[:, 0], ("photograph", "visible patches", "reconstruction"), strict=True):
         ax.set_title(title, fontsize=9, loc="left")
     return figure
 
@@ -206,8 +204,8 @@ def write_results(run: Run, shown: Tensor, out: Path) -> None:
     draw_reconstruction(shown, run.snapshots[-1], run.args.patch_size).savefig(out / "reconstruction.png", dpi=120)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint = args.out / "checkpoint.pt"
     if checkpoint.exists() and not args.resume:

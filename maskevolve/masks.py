@@ -244,8 +244,7 @@ class EvolvingMask(Masking):
         x [B, N, D] or [B, H, W, D] and parts [B, N] to visible [B, N_keep, D], mask [B, N], ids_restore [B, N].
 
     Example:
-        >>> masking = EvolvingMask(total_epochs=100)
-        >>> masking.set_epoch(24)
+        >>> masking = EvolvingMask(total_epochs=100).set_epoch(24)
         >>> masking.alpha, masking.needs_parts
         (tensor(0.5000), True)
         >>> parts = torch.arange(196).expand(2, -1) // 20
@@ -278,11 +277,16 @@ class EvolvingMask(Masking):
         self._alpha = 0.0
         self.register_load_state_dict_post_hook(_read_alpha)
 
-    def set_epoch(self, epoch: float) -> None:
-        """Move to an epoch, counted from 0; fractions are progress within an epoch. Clamped to the training."""
+    def set_epoch(self, epoch: float) -> EvolvingMask:
+        """Move to an epoch and return the mask.
+
+        Args:
+            epoch: counted from 0; fractions are progress within an epoch. Clamped to the training.
+        """
         self._alpha = alpha_at(epoch, self.total_epochs, self.power)
         self.alpha.fill_(self._alpha)
         self.epoch.fill_(clamp_epoch(epoch, self.total_epochs))
+        return self
 
     @property
     def needs_parts(self) -> bool:

@@ -66,8 +66,8 @@ class _Partitioner(nn.Module):
         """[B, N, N] in 64 bits, mean over heads, 0 for what is no affinity, the largest value of an image 1."""
         if affinity.ndim not in (3, 4) or affinity.shape[-1] != affinity.shape[-2]:
             raise ValueError(
-                f"affinity has shape {list(affinity.shape)}, but must be [B, N, N] or [B, heads, N, N] with one row and "
-                "one column for each patch"
+                f"affinity has shape {list(affinity.shape)}, but must be [B, N, N] or [B, heads, N, N], "
+                "with a row and a column for each patch"
             )
         finite = affinity.isfinite()
         if not self._warned and not bool(finite.all()):

@@ -38,8 +38,7 @@ class PartTeacher(nn.Module):
         >>> vit = timm.create_model("vit_tiny_patch16_224", depth=2)
         >>> teacher = PartTeacher(vit, GraphCutPartitioner(), total_epochs=100)
         >>> teacher.update(vit)  # after each optimizer step
-        >>> teacher.set_epoch(50)
-        >>> teacher(torch.randn(2, 3, 224, 224)).shape
+        >>> teacher.set_epoch(50)(torch.randn(2, 3, 224, 224)).shape
         torch.Size([2, 196])
 
     Source: Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
@@ -68,10 +67,15 @@ class PartTeacher(nn.Module):
         self.register_load_state_dict_post_hook(_read_epoch)
         self.eval()
 
-    def set_epoch(self, epoch: float) -> None:
-        """Move to an epoch, counted from 0; fractions are progress within an epoch. Clamped to the training."""
+    def set_epoch(self, epoch: float) -> PartTeacher:
+        """Move to an epoch and return the teacher.
+
+        Args:
+            epoch: counted from 0; fractions are progress within an epoch. Clamped to the training.
+        """
         self.num_parts = num_parts_at(epoch, self.total_epochs, *self.part_range)
         self.epoch.fill_(clamp_epoch(epoch, self.total_epochs))
+        return self
 
     def update(self, model: nn.Module) -> None:
         """Move the average towards `model`: call it after each optimizer step. The first call copies the model."""

@@ -120,9 +120,7 @@ def test_grid_mask_shows_one_cell_of_four(height, width):
     mask = GridMask()(torch.zeros(64, height, width, 1), 0.75, generator=seeded()).mask.view(64, height, width)
     chosen = []
     for removed in mask:
-        shown = {
-            (row, column): float(1 - removed[row::2, column::2].mean()) for row in range(2) for column in range(2)
-        }
+        shown = {(row, column): float(1 - removed[row::2, column::2].mean()) for row in range(2) for column in range(2)}
         # On odd sides the cells are not of one size: the chosen one is shown whole, or nothing but the chosen one is.
         best = max(shown, key=lambda cell: shown[cell])
         rest = [share for cell, share in shown.items() if cell != best]

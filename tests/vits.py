@@ -29,7 +29,7 @@ def make_vit(variant="class token", depth=3, fused=True, **options):
 
 
 class MAE(nn.Module):
-    """The parts of the official MAE's interface that a teacher meets: two sets of blocks, and masking in the encoder."""
+    """What a teacher meets of the official MAE: two sets of blocks, and masking in the encoder."""
 
     def __init__(self, depth=2, width=48, heads=3, patch_size=8, image_size=64):
         super().__init__()
@@ -54,7 +54,7 @@ class MAE(nn.Module):
         return self.norm(x), mask, ids_restore
 
     def forward(self, images, mask_ratio=0.75):
-        latent, mask, ids_restore = self.forward_encoder(images, mask_ratio)
+        latent, mask, _ = self.forward_encoder(images, mask_ratio)
         for block in self.decoder_blocks:
             latent = block(latent)
         return latent.square().mean(), latent, mask

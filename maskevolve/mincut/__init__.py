@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 # Not `import torch`: in this package that name is the solver beside this file.
 from torch import Tensor, device, int32
@@ -55,7 +56,7 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
 def _solver(name: str, on: device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if name not in SOLVERS:
         raise ValueError(f"solver={name!r} is not one of {', '.join(map(repr, SOLVERS))}")
-    if name == "pymaxflow" or (name == "auto" and on.type == "cpu"):
+    if name == "pymaxflow" or (name == "auto" and on.type == "cpu" and find_spec("maxflow")):
         from .pymaxflow import min_cut
     else:
         from .torch import min_cut

@@ -1,0 +1,93 @@
+"""The main job: every mask trains, pictures are written, and a run that was stopped ends like one that was not."""
+
+import json
+
+import pretrain
+import pytest
+import torch
+from PIL import Image
+
+from maskevolve import PartTeacher
+
+SMALL = "--device cpu --image-size 32 --width 32 --depth 2 --heads 2 --batch-size 64 --seed 3"
+PICTURES = {"loss.png", "evolution.png", "reconstruction.png"}
+
+
+def run(out, *options):
+    pretrain.main([*SMALL.split(), "--out", str(out), *map(str, options)])
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def equal(a, b):
+    """Whether two nested states are the same to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("mask", pretrain.MASKS)
+def test_every_mask_trains_and_draws(tmp_path, mask):
+    state = run(tmp_path, "--mask", mask, "--epochs", 2)
+    assert {path.name for path in tmp_path.iterdir()} >= PICTURES
+    for name in PICTURES:
+        with Image.open(tmp_path / name) as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1]
+    assert rows[1]["loss"] < rows[0]["loss"]
+    assert len(state["snapshots"]) == 5
+
+
+@pytest.mark.parametrize("stop_at", [0, 2, 4, 7, 11])
+def test_a_stopped_run_ends_like_one_that_was_not(tmp_path, monkeypatch, stop_at):
+    whole = run(tmp_path / "whole", "--epochs", 3)
+    update, updates = PartTeacher.update, []
+
+    def stop(self, model):
+        updates.append(1)
+        if len(updates) > stop_at:
+            raise KeyboardInterrupt
+        update(self, model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartTeacher, "update", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "stopped", "--epochs", 3)
+    resumed = run(tmp_path / "stopped", "--epochs", 3, "--resume")
+    assert equal(whole, resumed)
+    for name in ("metrics.jsonl", "evolution.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+
+
+def test_seeds_make_runs(tmp_path):
+    first = run(tmp_path / "a", "--epochs", 1)
+    again = run(tmp_path / "b", "--epochs", 1)
+    other = run(tmp_path / "c", "--epochs", 1, "--seed", 4)
+    assert equal(first, again)
+    assert not equal(first["model"], other["model"])
+
+
+def test_any_folder_of_images(tmp_path):
+    folder = tmp_path / "data" / "below"
+    folder.mkdir(parents=True)
+    for index, mode in enumerate(("RGB", "L", "RGBA")):
+        Image.new(mode, (50 + 20 * index, 40)).save(folder / f"{mode}.png")
+    (folder / "broken.jpg").write_bytes(b"not an image")
+    (folder / "notes.txt").write_text("not an image either")
+    with pytest.warns(UserWarning, match=r"left out .*broken\.jpg"):
+        run(tmp_path / "out", "--data", folder.parent, "--epochs", 1)
+    with pytest.raises(SystemExit, match="no image"):
+        run(tmp_path / "out2", "--data", tmp_path / "out" / "nothing", "--epochs", 1)
+
+
+def test_a_run_is_not_overwritten_nor_mixed(tmp_path):
+    state = run(tmp_path, "--epochs", 1)
+    with pytest.raises(SystemExit, match="already holds a run: add --resume"):
+        run(tmp_path, "--epochs", 1)
+    with pytest.raises(SystemExit, match="--epochs 1, not 2"):
+        run(tmp_path, "--epochs", 2, "--resume")
+    assert equal(state, run(tmp_path, "--epochs", 1, "--resume")), "nothing left to do"
