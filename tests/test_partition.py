@@ -7,23 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planted import planted_attention as planted
 from sklearn.metrics import adjusted_rand_score
 
 from maskevolve import EMPartitioner, GraphCutPartitioner, PartMask
 
 partitioners = pytest.mark.parametrize("partitioner", [GraphCutPartitioner(), EMPartitioner()], ids=["cut", "em"])
-
-
-def planted(batch_size, height, width, num_parts, strength=1.0, noise=0.5, heads=4, seed=0):
-    """Voronoi parts and the noisy attention of some heads that mostly look within their part."""
-    rng = np.random.default_rng(seed)
-    points = np.stack(np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij"), -1)
-    centres = rng.random((batch_size, num_parts, 2))
-    distance = np.square(points.reshape(1, -1, 1, 2) - centres[:, None]).sum(-1)
-    labels = torch.from_numpy(distance.argmin(-1))
-    logits = strength * (labels[:, :, None] == labels[:, None]).float()[:, None]
-    logits = logits + noise * torch.from_numpy(rng.standard_normal((batch_size, heads, *logits.shape[2:]))).float()
-    return labels, logits.softmax(-1)
 
 
 def agreement(parts, labels):
@@ -45,7 +34,7 @@ def check_labels(parts, num_parts):
 @pytest.mark.parametrize(("height", "width"), [(14, 14), (9, 17)])
 @pytest.mark.parametrize(("num_parts", "strength"), [(2, 1.0), (5, 1.0), (8, 1.0), (8, 0.5)])
 def test_planted_parts_are_recovered(height, width, num_parts, strength):
-    labels, attention = planted(8, height, width, num_parts, strength)
+    labels, attention = planted(8, height, width, num_parts, strength=strength)
     present = [len(image.unique()) for image in labels]
     partitioner = GraphCutPartitioner(num_parts=num_parts)
     parts = partitioner(attention, grid_size=(height, width))
@@ -78,7 +67,7 @@ def test_em_finds_clear_parts():
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), height=st.integers(1, 10), width=st.integers(1, 10), strength=st.floats(0, 2))
 def test_every_cut_is_a_coarsening_of_the_next(seed, height, width, strength):
-    _, attention = planted(3, height, width, 5, strength, noise=1, heads=1, seed=seed)
+    _, attention = planted(3, height, width, 5, strength=strength, noise=1, heads=1, seed=seed)
     hierarchy = GraphCutPartitioner().hierarchy(attention, 12, (height, width))
     finer = hierarchy.cut(12)
     for num_parts in range(12, 0, -1):
@@ -94,7 +83,7 @@ def test_every_cut_is_a_coarsening_of_the_next(seed, height, width, strength):
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), exponent=st.integers(-100, 100), strength=st.floats(0.2, 2))
 def test_rescaling_the_affinity_changes_nothing(seed, exponent, strength):
-    _, attention = planted(2, 8, 9, 5, strength, seed=seed)
+    _, attention = planted(2, 8, 9, 5, strength=strength, seed=seed)
     parts = GraphCutPartitioner()(attention, grid_size=(8, 9))
     assert torch.equal(GraphCutPartitioner()(attention * 2.0**exponent, grid_size=(8, 9)), parts)
     assert torch.equal(GraphCutPartitioner()(attention.double() * 3.7e5, grid_size=(8, 9)), parts)
