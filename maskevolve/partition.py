@@ -63,7 +63,7 @@ class _Partitioner(nn.Module):
         self._warned = False
 
     def _clean(self, affinity: Tensor) -> Tensor:
-        """[B, N, N] in 64 bits, mean over heads, 0 for what is no affinity, the largest value of an image 1."""
+        """[B, N, N] in 32 bits or more, mean over heads, 0 for what is no affinity, the largest value of an image 1."""
         if affinity.ndim not in (3, 4) or affinity.shape[-1] != affinity.shape[-2]:
             raise ValueError(
                 f"affinity has shape {list(affinity.shape)}, but must be [B, N, N] or [B, heads, N, N], "
@@ -77,9 +77,10 @@ class _Partitioner(nn.Module):
                 "the model that they come from may have diverged. This warning is given once.",
                 stacklevel=4,
             )
-        affinity = torch.where(finite & (affinity > 0), affinity, 0).to(_wide(affinity.device))
-        affinity = affinity.mean(1) if affinity.ndim == 4 else affinity
-        return affinity / _or_one(affinity.amax((1, 2), keepdim=True))
+        affinity = torch.where(finite, affinity, 0).clamp(min=0)
+        affinity = affinity if affinity.dtype == torch.float64 else affinity.float()
+        affinity = affinity / _or_one(affinity.flatten(1).amax(1)).view(-1, *[1] * (affinity.ndim - 1))
+        return affinity.mean(1) if affinity.ndim == 4 else affinity
 
 
 class GraphCutPartitioner(_Partitioner):
@@ -315,7 +316,7 @@ def _gram(affinity: Tensor) -> Tensor:
 
     The integers are so small that a float32 sum over a row is exact: whatever its order, on whatever device.
     """
-    features = nn.functional.normalize(affinity.sqrt(), dim=2)
+    features = nn.functional.normalize(affinity.sqrt().to(_wide(affinity.device)), dim=2)
     features = features - features.mean(1, keepdim=True)
     gram = features @ features.mT
     largest = gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
@@ -337,7 +338,7 @@ def _neighbours(height: int, width: int, device: torch.device) -> tuple[Tensor, 
 def _edges(affinity: Tensor, neighbours: Tensor, inside: Tensor, smoothness: float) -> Tensor:
     """[B, 8, N] int32: capacities between 8-neighbours, `smoothness` for an edge of mean affinity."""
     patch = torch.arange(affinity.shape[1], device=affinity.device)
-    weights = affinity[:, patch, neighbours] * inside
+    weights = affinity[:, patch, neighbours].to(_wide(affinity.device)) * inside
     mean = weights.sum((1, 2), keepdim=True) / inside.sum().clamp(min=1)
     return _capacity(smoothness * weights / _or_one(mean))
 
