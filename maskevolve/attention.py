@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, softmax
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["attention_affinity", "patch_grid"]
+__all__ = ["attention_affinity", "attention_modules", "patch_grid"]
+
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
+"""An attention module is one that has its number of heads under one of these names."""
 
 
 class _Done(Exception):
@@ -47,9 +50,7 @@ def attention_affinity(model: nn.Module, images: Tensor, layers: Sequence[int] |
         >>> attention_affinity(vit, torch.randn(1, 3, 224, 224)).shape
         torch.Size([1, 196, 196])
     """
-    modules = _attention_modules(model)
-    if not modules:
-        raise RuntimeError(_not_found(model, "has no attention module (one with `num_heads`)"))
+    modules = attention_modules(model)
     count = len(modules)
     wanted = [modules[_layer_index(layer, count)] for layer in (range(count) if layers is None else layers)]
     reader = _Reader([module for _, module in wanted])
@@ -79,7 +80,10 @@ def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
     embed = getattr(model, "patch_embed", None)
     patch_size = getattr(embed, "patch_size", None)
     if patch_size is None:
-        raise ValueError(f"{type(model).__name__} has no patch_embed.patch_size: the patch grid cannot be told")
+        raise ValueError(
+            f"{type(model).__name__} has no patch_embed.patch_size (in pixels), which tells the patch grid: set it, as "
+            "in model.patch_embed.patch_size = 16"
+        )
     rows, columns = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     height, width = images.shape[-2:]
     if getattr(embed, "dynamic_img_pad", False):
@@ -128,6 +132,11 @@ class _Reader(TorchFunctionMode):
 
     def _add(self, attention: Tensor) -> None:
         attention = attention.float().mean(1)
+        if self.total is not None and self.total.shape != attention.shape:
+            raise ValueError(
+                f"attention has shape {list(attention.shape)} in one layer and {list(self.total.shape)} in another: it "
+                "must be between all tokens of an image in each (no windows): choose such layers with layers=[...]"
+            )
         self.total = attention if self.total is None else self.total + attention
         self.left = {module for module in self.left if module is not self.running}
         if not self.left:
@@ -146,11 +155,19 @@ def _attention(
     return torch.softmax(logits, -1, dtype=torch.float32)
 
 
-def _attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The encoder's attention modules by name: in `blocks` where there are such, so that no decoder is counted."""
+def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The encoder's attention modules by name: in `blocks` where there are such, so that no decoder is counted.
+
+    Raises:
+        RuntimeError: where there are none; it names the modules that were looked at.
+    """
     root = getattr(model, "blocks", model)
     prefix = "" if root is model else "blocks."
-    return [(prefix + name, module) for name, module in root.named_modules() if hasattr(module, "num_heads")]
+    named = [(prefix + name, module) for name, module in root.named_modules()]
+    found = [(name, module) for name, module in named if any(hasattr(module, heads) for heads in HEADS)]
+    if not found:
+        raise RuntimeError(_not_found(model, f"has no attention module, which is one with `{'` or `'.join(HEADS)}`"))
+    return found
 
 
 def _layer_index(layer: int, count: int) -> int:
@@ -194,6 +211,7 @@ def _not_found(model: nn.Module, what: str) -> str:
     looked_at = [f"{name} ({type(module).__name__})" for name, module in model.named_modules() if name]
     shown = ", ".join(looked_at[:40]) + (f" and {len(looked_at) - 40} more" if len(looked_at) > 40 else "")
     return (
-        f"{type(model).__name__} {what}. Modules looked at: {shown or 'none'}. "
-        "Pass the ViT itself, or compute an affinity [B, N, N] yourself and give it to a partitioner."
+        f"{type(model).__name__} {what}. Pass a ViT with such modules, whose attention is a softmax or torch's "
+        "scaled_dot_product_attention, or compute an affinity [B, N, N] yourself and give it to a partitioner. "
+        f"Modules looked at: {shown or 'none'}."
     )

@@ -59,8 +59,8 @@ def resolve_grid(num_patches: int, grid_size: GridSize | None) -> tuple[int, int
         side = math.isqrt(num_patches)
         if side * side != num_patches:
             raise ValueError(
-                f"N={num_patches} patches do not form a square grid (the nearest is {side} x {side} = {side * side}): "
-                f"pass grid_size=(H, W) with H * W = {num_patches}, or x as [B, H, W, D]"
+                f"N={num_patches} patches form no square grid: pass grid_size=(H, W) with H * W = {num_patches}, to a "
+                "mask when you make it (or give it x as [B, H, W, D]), to anything else when you call it"
             )
         return side, side
     height, width = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
@@ -217,7 +217,7 @@ def part_scores(parts: Tensor, *, generator: torch.Generator | None = None) -> T
     """One uniform draw for each part; a patch takes the draw of its part.
 
     Args:
-        parts: [B, N] of any integer type: the part of each patch, in 0..N-1. Gaps between labels are fine.
+        parts: [B, N] of any integer type, >= 0: the part of each patch. Labels may be large and have gaps.
         generator: source of randomness, on the device of `parts`; torch's default one where None.
 
     Returns:
@@ -225,10 +225,10 @@ def part_scores(parts: Tensor, *, generator: torch.Generator | None = None) -> T
 
     Raises:
         ValueError: where `parts` is not [B, N], has a float type, or (checked on the CPU only, for elsewhere the check
-            would make the host wait) has labels outside 0..N-1.
+            would make the host wait) has negative labels.
 
     Example:
-        >>> parts = torch.tensor([[0, 0, 1, 1]])
+        >>> parts = torch.tensor([[0, 0, 901, 901]])
         >>> p = part_scores(parts)
         >>> bool(p[0, 0] == p[0, 1]), bool(p[0, 2] == p[0, 3])
         (True, True)
@@ -236,26 +236,28 @@ def part_scores(parts: Tensor, *, generator: torch.Generator | None = None) -> T
     Source: p_parts of Algorithm 1, Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
     """
     check_parts(parts)
-    batch_size, num_patches = parts.shape
-    draws = torch.rand(batch_size, num_patches, device=parts.device, generator=generator)
-    # The remainder keeps a wrong label on an unchecked device from ending the run with a device assert.
-    return draws.gather(1, parts.long() % num_patches)
+    # A hash with a random key for each image, not a table of draws: a table needs to know the largest label.
+    key = torch.randint(1 << 62, (len(parts), 1), device=parts.device, generator=generator)
+    bits = key + parts.long() * -0x61C8864680B583EB
+    bits = (bits ^ (bits >> 30)) * -0x40A7B892E31B1A47
+    bits = (bits ^ (bits >> 27)) * -0x6B2FB644ECCEEE15
+    return ((bits ^ (bits >> 31)) >> 32 & 0xFFFFFF).float() / (1 << 24)
 
 
 def check_parts(parts: Tensor, shape: tuple[int, int] | None = None) -> None:
-    """Raise ValueError where `parts` cannot label patches; `shape` is the (B, N) that it must have."""
+    """Raise an error where `parts` cannot label patches; `shape` is the (B, N) that it must have."""
+    if not isinstance(parts, Tensor):
+        raise TypeError(f"parts is a {type(parts).__name__}, but must be a tensor: use torch.as_tensor(parts)")
     if parts.is_floating_point() or parts.is_complex():
         raise ValueError(f"parts has dtype {parts.dtype}: part labels are integers, use parts.long()")
     if parts.ndim != 2 or (shape is not None and parts.shape != shape):
         wanted = "[B, N]" if shape is None else f"[B, N] = {list(shape)}"
         raise ValueError(f"parts has shape {list(parts.shape)}, but must be {wanted}, one label for each patch")
-    if parts.device.type == "cpu" and parts.numel() and not torch.compiler.is_compiling():
-        low, high = int(parts.min()), int(parts.max())
-        if low < 0 or high >= parts.shape[1]:
-            raise ValueError(
-                f"parts has labels from {low} to {high}, but they must lie in 0..N-1 = 0..{parts.shape[1] - 1}: "
-                "renumber them with parts.unique(return_inverse=True)[1]"
-            )
+    if parts.device.type == "cpu" and parts.numel() and not torch.compiler.is_compiling() and int(parts.min()) < 0:
+        raise ValueError(
+            f"parts has the label {int(parts.min())}, but labels must not be negative: if that marks patches without a "
+            "part, give these a label of their own"
+        )
 
 
 def blend_scores(start: Tensor, end: Tensor, alpha: Tensor | float) -> Tensor:

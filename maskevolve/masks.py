@@ -49,7 +49,7 @@ class Masking(nn.Module):
         Args:
             batch_size: number of images B.
             grid_size: the side of a square patch grid, or (H, W), in patches.
-            parts: [B, N] integers in 0..N-1, the part of each patch; only for masks that need parts.
+            parts: [B, N] integers >= 0, the part of each patch; only for masks that need parts.
             device: where to draw; that of `parts`, else torch's default device, where None.
             generator: source of randomness, on the same device; torch's default one where None.
 
@@ -78,7 +78,7 @@ class Masking(nn.Module):
         Args:
             x: patches, [B, N, D] or [B, H, W, D], of any dtype, on any device; gradients flow to it.
             mask_ratio: share of patches to remove, in [0, 1).
-            parts: [B, N] integers in 0..N-1, the part of each patch; only for masks that need parts.
+            parts: [B, N] integers >= 0, the part of each patch; only for masks that need parts.
             generator: source of randomness, on the device of x; torch's default one where None. torch.compile cannot
                 trace a generator: there, seed with torch.manual_seed.
 
@@ -148,8 +148,10 @@ class GridMask(Masking):
 
     def __init__(self, period: int = 2, *, grid_size: GridSize | None = None) -> None:
         super().__init__(grid_size)
-        if period < 1:
-            raise ValueError(f"period={period} must be at least 1: it is the side of the pattern, in patches")
+        if not isinstance(period, int) or period < 1:
+            raise ValueError(
+                f"period={period!r} must be a whole number of at least 1: the side of the pattern, in patches"
+            )
         self.period = period
 
     def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Tensor:
@@ -184,8 +186,8 @@ class BlockMask(Masking):
         grid_size: GridSize | None = None,
     ) -> None:
         super().__init__(grid_size)
-        if num_blocks < 1:
-            raise ValueError(f"num_blocks={num_blocks} must be at least 1")
+        if not isinstance(num_blocks, int) or num_blocks < 1:
+            raise ValueError(f"num_blocks={num_blocks!r} must be a whole number of at least 1")
         if not 0 < area[0] <= area[1] <= 1:
             raise ValueError(f"area={area} must be (least, greatest) with 0 < least <= greatest <= 1")
         if not 0 < aspect[0] <= aspect[1]:
@@ -238,7 +240,8 @@ class EvolvingMask(Masking):
         start: mask at the start of training; GridMask() where None.
         end: mask at the end of training; PartMask() where None.
         power: of training progress; 0.5 moves fast at first, 1 moves evenly.
-        grid_size: the side of a square patch grid, or (H, W), in patches; inferred from x where None.
+        grid_size: the side of a square patch grid, or (H, W), in patches; where None, that of start or end, else
+            inferred from x.
 
     Shape:
         x [B, N, D] or [B, H, W, D] and parts [B, N] to visible [B, N_keep, D], mask [B, N], ids_restore [B, N].
@@ -266,10 +269,14 @@ class EvolvingMask(Masking):
         power: float = 0.5,
         grid_size: GridSize | None = None,
     ) -> None:
-        super().__init__(grid_size)
+        start = GridMask() if start is None else start
+        end = PartMask() if end is None else end
+        for name, mask in (("start", start), ("end", end)):
+            if not isinstance(mask, nn.Module):
+                raise TypeError(f"{name}={mask!r} is no mask: pass an instance, such as {name}=BlockMask()")
+        super().__init__(grid_size or getattr(start, "grid_size", None) or getattr(end, "grid_size", None))
         alpha_at(0, total_epochs, power)  # refuses a bad total_epochs here, not an epoch later
-        self.start = GridMask() if start is None else start
-        self.end = PartMask() if end is None else end
+        self.start, self.end = start, end
         self.total_epochs, self.power = total_epochs, power
         self.register_buffer("alpha", torch.zeros(()))
         self.register_buffer("epoch", torch.zeros(()))

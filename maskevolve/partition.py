@@ -34,7 +34,7 @@ class PartHierarchy(NamedTuple):
         """The partition that the best `num_parts - 1` splits give, a child never before its parent.
 
         Args:
-            num_parts: number of parts K that is wanted, at least 1.
+            num_parts: number of parts K that is wanted, from 1 to that of the hierarchy.
 
         Returns:
             parts [B, N] int64: labels 0..k-1 without gaps in each image, k <= K; fewer if the data has no more.
@@ -49,7 +49,8 @@ class PartHierarchy(NamedTuple):
         depth = self.order.shape[1].bit_length() - 1
         # The splits that are made lie on the way from the root: their number is the depth of a patch's part.
         ancestors = torch.stack([self.leaves >> (depth - level) for level in range(depth)], -1)
-        made = self.order.gather(1, ancestors.flatten(1)).view_as(ancestors) < num_parts - 1
+        splits = min(num_parts - 1, self.order.shape[1])
+        made = self.order.gather(1, ancestors.flatten(1)).view_as(ancestors) < splits
         return _renumber(self.leaves >> (depth - made.sum(-1)), 2 * self.order.shape[1])
 
 
@@ -168,7 +169,7 @@ class GraphCutPartitioner(_Partitioner):
                 ).flatten(1)
                 gains.append(parts.gain(sides))
                 nodes = 2 * nodes + sides
-            return PartHierarchy(nodes, _split_order(gains))
+            return PartHierarchy(nodes, _split_order(gains, num_parts - 1))
 
     def extra_repr(self) -> str:
         return f"num_parts={self.num_parts}, smoothness={self.smoothness}, solver={self.solver!r}"
@@ -300,15 +301,16 @@ class _Parts:
         return torch.where(valid, gain.clamp(min=0) / self.count.clamp(min=1).sqrt(), -1)
 
 
-def _split_order(gains: list[Tensor]) -> Tensor:
-    """[B, 2 ** depth]: the place of each node of the tree among the splits, best first, a child after its parent."""
+def _split_order(gains: list[Tensor], splits: int) -> Tensor:
+    """[B, 2 ** depth]: the place of each node of the tree among the best splits, a child after its parent."""
     best = [gains[0]]
     for gain in gains[1:]:
         best.append(torch.minimum(gain, best[-1].repeat_interleave(2, 1)))
     gain = torch.cat([torch.full_like(gains[0], -1), *best], 1)  # heap numbers start at 1
     nodes = gain.argsort(dim=1, descending=True, stable=True)
     places = torch.arange(gain.shape[1], device=gain.device).expand_as(nodes)
-    return torch.where(gain < 0, gain.shape[1], torch.empty_like(nodes).scatter_(1, nodes, places))
+    order = torch.empty_like(nodes).scatter_(1, nodes, places)
+    return torch.where((gain < 0) | (order >= splits), gain.shape[1], order)
 
 
 def _gram(affinity: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .attention import attention_affinity, patch_grid
+from .attention import attention_affinity, attention_modules, patch_grid
 from .schedule import clamp_epoch, num_parts_at
 
 __all__ = ["PartTeacher"]
@@ -57,6 +57,9 @@ class PartTeacher(nn.Module):
         layers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        attention_modules(model)  # refuses a model without attention here, not in the first step
+        if not isinstance(partitioner, nn.Module):
+            raise TypeError(f"partitioner={partitioner!r} must be an instance, such as GraphCutPartitioner()")
         if min(num_parts) < 1:
             raise ValueError(f"num_parts={num_parts} must be (in the first epoch, in the last epoch), each at least 1")
         self.model = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)

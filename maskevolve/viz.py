@@ -26,7 +26,7 @@ def part_picture(image: Tensor, parts: Tensor, grid_size: GridSize | None = None
     """The image with its parts outlined in yellow.
 
     Args:
-        image: [3, height, width], floats in [0, 1].
+        image: [3, height, width], floats in [0, 1] or uint8.
         parts: [N] integers, the part of each patch.
         grid_size: the side of a square patch grid, or (H, W), in patches; a square where None.
 
@@ -52,7 +52,7 @@ def mask_picture(image: Tensor, mask: Tensor, grid_size: GridSize | None = None)
     """The image with its removed patches in grey.
 
     Args:
-        image: [3, height, width], floats in [0, 1].
+        image: [3, height, width], floats in [0, 1] or uint8.
         mask: [N], 0 keep, 1 remove.
         grid_size: the side of a square patch grid, or (H, W), in patches; a square where None.
 
@@ -78,7 +78,7 @@ def evolution_figure(
     """The same images at several points of training, a column each: parts above, what the mask leaves below.
 
     Args:
-        images: [B, 3, height, width], floats in [0, 1].
+        images: [B, 3, height, width], floats in [0, 1] or uint8.
         masks: [B, N] for each point, 0 keep, 1 remove.
         parts: [B, N] integers for each point; None where there were none.
         titles: what to write above each column.
@@ -122,6 +122,7 @@ def evolution_figure(
 def _picture(image: Tensor) -> Picture:
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"image has shape {list(image.shape)}, but must be [3, height, width] with floats in [0, 1]")
+    image = image / 255 if image.dtype == torch.uint8 else image
     picture: Picture = image.detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy().copy()
     return picture
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from vits import MAE, VARIANTS, make_vit
 
+from maskevolve import GraphCutPartitioner, PartTeacher
 from maskevolve.attention import attention_affinity, patch_grid
 
 
@@ -116,8 +117,45 @@ def test_no_attention_is_an_error_that_lists_the_modules():
     class Convolutions(nn.Sequential):
         pass
 
-    with pytest.raises(RuntimeError, match=r"Convolutions has no attention.*0 \(Conv2d\), 1 \(ReLU\)"):
-        attention_affinity(Convolutions(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.randn(1, 3, 8, 8))
+    model = Convolutions(nn.Conv2d(3, 8, 3), nn.ReLU())
+    with pytest.raises(RuntimeError, match=r"Convolutions has no attention.*num_heads.*0 \(Conv2d\), 1 \(ReLU\)"):
+        attention_affinity(model, torch.randn(1, 3, 8, 8))
+    with pytest.raises(RuntimeError, match="Convolutions has no attention"):
+        PartTeacher(model, GraphCutPartitioner(), total_epochs=10)
+
+
+def test_windowed_attention_is_an_error():
+    swin = timm.create_model("swin_tiny_patch4_window7_224").eval()
+    with pytest.raises(ValueError, match=r"between all tokens.*layers="):
+        attention_affinity(swin, torch.randn(1, 3, 224, 224))
+
+
+def test_a_model_that_hides_its_patch_size_is_an_error():
+    vit = make_vit()
+    del vit.patch_embed.patch_size
+    with pytest.raises(ValueError, match=r"patch_embed\.patch_size = 16"):
+        attention_affinity(vit, torch.randn(1, 3, 224, 224))
+
+
+class HandWritten(nn.Module):
+    """Attention as people write it themselves."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.n_heads, self.qkv = heads, nn.Linear(width, 3 * width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = torch.nn.functional.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
+        return x + (weights @ v).transpose(1, 2).flatten(2)
+
+
+def test_hand_written_attention_is_read():
+    mae = MAE(width=48)
+    mae.blocks = nn.ModuleList([HandWritten(48, 3) for _ in range(2)])
+    affinity = attention_affinity(mae, torch.randn(2, 3, 64, 64))
+    assert affinity.shape == (2, 64, 64)
+    assert ((affinity.sum(-1) > 0.5) & (affinity.sum(-1) <= 1)).all()
 
 
 def test_attention_without_softmax_is_an_error_that_names_it():

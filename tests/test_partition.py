@@ -78,6 +78,7 @@ def test_every_cut_is_a_coarsening_of_the_next(seed, height, width, strength):
             assert below.max() - image.max() <= 1, "one split at a time"
         finer = parts
     assert (finer == 0).all()
+    assert torch.equal(hierarchy.cut(10**6), hierarchy.cut(12)), "no more parts than it was made for"
 
 
 @settings(max_examples=15, deadline=None)

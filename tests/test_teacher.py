@@ -107,3 +107,8 @@ def test_layers_are_passed_on():
 def test_bad_settings(options):
     with pytest.raises(ValueError, match=r"num_parts=\(0, 5\)|total_epochs=0"):
         make_teacher(MAE(), **options)
+
+
+def test_a_class_is_no_partitioner():
+    with pytest.raises(TypeError, match=r"GraphCutPartitioner\(\)"):
+        PartTeacher(MAE(), GraphCutPartitioner, total_epochs=10)

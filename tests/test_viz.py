@@ -38,6 +38,11 @@ def test_the_image_is_not_changed():
     assert torch.equal(image, before)
 
 
+def test_bytes_and_floats_give_the_same_picture():
+    image = torch.randint(256, (3, 16, 16), dtype=torch.uint8)
+    assert np.allclose(mask_picture(image, torch.zeros(4)), mask_picture(image.float() / 255, torch.zeros(4)))
+
+
 def test_evolution_figure_has_a_column_for_each_point(tmp_path):
     images, parts = torch.rand(2, 3, 32, 32), torch.arange(16).expand(2, -1) // 4
     mask = (parts > 1).float()
