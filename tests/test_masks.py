@@ -145,7 +145,12 @@ def test_part_mask_cuts_at_most_one_part(side, num_parts, mask_ratio, seed):
 
 
 @settings(max_examples=30, deadline=None)
-@given(height=st.integers(1, 9), width=st.integers(1, 9), epoch=st.floats(0, 8.9, allow_subnormal=False), seed=st.integers(0, 99))
+@given(
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    epoch=st.floats(0, 8.9, allow_subnormal=False),
+    seed=st.integers(0, 99),
+)
 def test_evolving_scores_equal_a_plain_loop_over_algorithm_1(height, width, epoch, seed):
     num_patches = height * width
     parts = random_parts(2, num_patches, seed=seed)

@@ -65,7 +65,12 @@ def test_em_finds_clear_parts():
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10**6), height=st.integers(1, 10), width=st.integers(1, 10), strength=st.floats(0, 2, allow_subnormal=False))
+@given(
+    seed=st.integers(0, 10**6),
+    height=st.integers(1, 10),
+    width=st.integers(1, 10),
+    strength=st.floats(0, 2, allow_subnormal=False),
+)
 def test_every_cut_is_a_coarsening_of_the_next(seed, height, width, strength):
     _, attention = planted(3, height, width, 5, strength=strength, noise=1, heads=1, seed=seed)
     hierarchy = GraphCutPartitioner().hierarchy(attention, 12, (height, width))

@@ -37,13 +37,8 @@ class _Grid:
         straight = torch.minimum(source, sink).long()
         self.excess = _pad(source.long() - straight)
         self.to_sink = _pad(sink.long() - straight)
-        inside = capacity.long().clone()
-        for direction, (row, column) in enumerate(OFFSETS):
-            if row:
-                inside[:, direction, -1 if row > 0 else 0] = 0
-            if column:
-                inside[:, direction, :, -1 if column > 0 else 0] = 0
-        self.residual = [_pad(inside[:, direction]) for direction in range(8)]
+        # What leaves the grid leads to an empty column or out of the array, where nothing is lower.
+        self.residual = [_pad(capacity[:, direction].long()) for direction in range(8)]
 
     def ends(self, tensor: Tensor, direction: int) -> tuple[Tensor, Tensor]:
         """Two views: the nodes that have somewhere to push in this direction, and where they push to."""
