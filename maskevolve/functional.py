@@ -1,7 +1,8 @@
 """Masking as pure functions of tensors: scores a patch, then one sort. No state, no modules.
 
 Every mask of the library is a score map ``p`` in [0, 1], one value a patch. The patches with the highest scores are
-removed; ties are broken at random.
+removed; ties are broken at random. Scores may come as a tensor, or as a recipe (`GroupDraws`, `Blend`) from which a
+kernel makes them where it sorts them.
 """
 
 from __future__ import annotations
@@ -12,14 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .shuffle import Blend, GroupDraws, Scores, compute_scores, random_key, shuffle, take
+
 __all__ = [
+    "Blend",
+    "GroupDraws",
     "MaskedPatches",
-    "blend_scores",
+    "Scores",
     "block_scores",
-    "grid_scores",
+    "compute_scores",
+    "grid_draws",
     "mask_patches",
     "num_visible",
-    "part_scores",
+    "part_draws",
     "random_scores",
     "resolve_grid",
 ]
@@ -125,14 +131,14 @@ def random_scores(
     return torch.rand(batch_size, height * width, device=device, generator=generator)
 
 
-def grid_scores(
+def grid_draws(
     batch_size: int,
     grid_size: tuple[int, int],
     *,
     period: int = 2,
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> GroupDraws:
     """One uniform draw for each cell of a `period` x `period` pattern that is tiled over the patch grid.
 
     Args:
@@ -143,18 +149,22 @@ def grid_scores(
         generator: source of randomness, on the same device; torch's default one where None.
 
     Returns:
-        Scores [B, N] float32 in [0, 1).
+        GroupDraws, a recipe for scores [B, N].
 
     Example:
-        >>> grid_scores(1, (4, 4)).unique().numel()
+        >>> compute_scores(grid_draws(1, (4, 4))).unique().numel()
         4
 
     Source: p_grid of Algorithm 1, Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
     """
-    height, width = grid_size
-    cells = torch.rand(batch_size, period, period, device=device, generator=generator)
-    tiled = cells.repeat(1, -(-height // period), -(-width // period))
-    return tiled[:, :height, :width].flatten(1)
+    key = random_key(batch_size, device, generator)
+    return GroupDraws(key, _cells(grid_size, period, key.device))
+
+
+def _cells(grid_size: tuple[int, int], period: int, device: torch.device) -> Tensor:
+    """[1, N] int64: the cell of each patch in a pattern that is tiled over the grid."""
+    row, column = (torch.arange(size, device=device) % period for size in grid_size)
+    return (row[:, None] * period + column).view(1, -1)
 
 
 def block_scores(
@@ -213,7 +223,7 @@ def _between(start: Tensor, length: Tensor, size: int) -> Tensor:
     return (at >= start[..., None]) & (at < (start + length)[..., None])
 
 
-def part_scores(parts: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+def part_draws(parts: Tensor, *, generator: torch.Generator | None = None) -> GroupDraws:
     """One uniform draw for each part; a patch takes the draw of its part.
 
     Args:
@@ -221,7 +231,7 @@ def part_scores(parts: Tensor, *, generator: torch.Generator | None = None) -> T
         generator: source of randomness, on the device of `parts`; torch's default one where None.
 
     Returns:
-        Scores [B, N] float32 in [0, 1).
+        GroupDraws, a recipe for scores [B, N].
 
     Raises:
         ValueError: where `parts` is not [B, N], has a float type, or (checked on the CPU only, for elsewhere the check
@@ -229,19 +239,14 @@ def part_scores(parts: Tensor, *, generator: torch.Generator | None = None) -> T
 
     Example:
         >>> parts = torch.tensor([[0, 0, 901, 901]])
-        >>> p = part_scores(parts)
+        >>> p = compute_scores(part_draws(parts))
         >>> bool(p[0, 0] == p[0, 1]), bool(p[0, 2] == p[0, 3])
         (True, True)
 
     Source: p_parts of Algorithm 1, Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
     """
     check_parts(parts)
-    # A hash with a random key for each image, not a table of draws: a table needs to know the largest label.
-    key = torch.randint(1 << 62, (len(parts), 1), device=parts.device, generator=generator)
-    bits = key + parts.long() * -0x61C8864680B583EB
-    bits = (bits ^ (bits >> 30)) * -0x40A7B892E31B1A47
-    bits = (bits ^ (bits >> 27)) * -0x6B2FB644ECCEEE15
-    return ((bits ^ (bits >> 31)) >> 32 & 0xFFFFFF).float() / (1 << 24)
+    return GroupDraws(random_key(len(parts), parts.device, generator), parts)
 
 
 def check_parts(parts: Tensor, shape: tuple[int, int] | None = None) -> None:
@@ -260,36 +265,16 @@ def check_parts(parts: Tensor, shape: tuple[int, int] | None = None) -> None:
         )
 
 
-def blend_scores(start: Tensor, end: Tensor, alpha: Tensor | float) -> Tensor:
-    """``(1 - alpha) * start + alpha * end``, the aggregation of Algorithm 1.
-
-    Args:
-        start: scores [B, N] float32 at alpha = 0.
-        end: scores [B, N] float32 at alpha = 1.
-        alpha: weight in [0, 1], a number or a 0-d tensor.
-
-    Returns:
-        Scores [B, N] float32.
-
-    Example:
-        >>> blend_scores(torch.zeros(1, 2), torch.ones(1, 2), 0.25)
-        tensor([[0.2500, 0.2500]])
-
-    Source: Algorithm 1, Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
-    """
-    return (1 - alpha) * start + alpha * end
-
-
 def mask_patches(
-    x: Tensor, scores: Tensor, mask_ratio: float = 0.75, *, generator: torch.Generator | None = None
+    x: Tensor, scores: Scores, mask_ratio: float = 0.75, *, generator: torch.Generator | None = None
 ) -> MaskedPatches:
     """Remove the patches with the highest scores, the same number from every image.
 
     Args:
         x: [B, N, D] of any dtype; gradients flow to it.
-        scores: [B, N] float32 in [0, 1]. Ties are broken at random, each patch alike.
+        scores: [B, N] float32 in [0, 1], or a recipe for them. Ties are broken at random, each patch alike.
         mask_ratio: share of patches to remove, in [0, 1); ``int(N * (1 - mask_ratio))`` stay.
-        generator: source of randomness for the ties, on the device of `scores`; torch's default one where None.
+        generator: source of randomness for the ties, on the device of `x`; torch's default one where None.
 
     Returns:
         MaskedPatches: visible [B, N_keep, D], mask [B, N] float32, ids_restore [B, N] int64.
@@ -302,19 +287,9 @@ def mask_patches(
         >>> mask_patches(x, torch.tensor([[0.9, 0.1, 0.8, 0.2]]), 0.5).visible.flatten()
         tensor([1., 3.])
     """
-    if scores.shape != x.shape[:2]:
+    if isinstance(scores, Tensor) and scores.shape != x.shape[:2]:
         raise ValueError(f"scores has shape {list(scores.shape)}, but x of shape {list(x.shape)} needs [B, N]")
     keep = num_visible(x.shape[1], mask_ratio)
-    ids_shuffle = _tie_free(scores, generator).argsort(dim=1)
-    ids_restore = torch.empty_like(ids_shuffle).scatter_(
-        1, ids_shuffle, torch.arange(x.shape[1], device=x.device).expand_as(ids_shuffle)
-    )
-    ids_keep = ids_shuffle[:, :keep, None].expand(-1, -1, x.shape[2])
-    return MaskedPatches(x.gather(1, ids_keep), (ids_restore >= keep).float(), ids_restore)
-
-
-def _tie_free(scores: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Int64 keys in the order of `scores`, ties in random order."""
-    # The bits of floats >= 0 order as the floats do; random bits go below them.
-    bits = scores.detach().float().view(torch.int32).long()
-    return bits << 32 | torch.randint(1 << 31, bits.shape, device=bits.device, generator=generator)
+    tie_key = random_key(len(x), x.device, generator)
+    ids_keep, ids_restore, mask = shuffle(scores, tie_key, x.shape[1], keep)
+    return MaskedPatches(take(x, ids_keep, ids_restore), mask, ids_restore)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .functional import GridSize, MaskedPatches
+from .functional import GridSize, MaskedPatches, Scores
 from .schedule import alpha_at, clamp_epoch
 
 __all__ = ["BlockMask", "EvolvingMask", "GridMask", "Masking", "PartMask", "RandomMask"]
@@ -59,10 +59,13 @@ class Masking(nn.Module):
         if device is None and parts is not None:
             device = parts.device
         pair = (grid_size, grid_size) if isinstance(grid_size, int) else (grid_size[0], grid_size[1])
-        return self.draw(batch_size, pair, parts, device=device, generator=generator)
+        return F.compute_scores(self.draw(batch_size, pair, parts, device=device, generator=generator))
 
-    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Tensor:
-        """What `scores` returns, for subclasses to write; `source` is the device and the generator to draw with."""
+    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
+        """What `scores` returns, or the recipe for it, for subclasses to write.
+
+        `source` is the device and the generator to draw with.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define draw(batch_size, grid_size, parts, **source)")
 
     def forward(
@@ -90,7 +93,7 @@ class Masking(nn.Module):
                 or where parts are missing or malformed.
         """
         x, grid_size = self._flatten(x)
-        scores = self.scores(x.shape[0], grid_size, parts=parts, device=x.device, generator=generator)
+        scores = self.draw(x.shape[0], grid_size, parts, device=x.device, generator=generator)
         return F.mask_patches(x, scores, mask_ratio, generator=generator)
 
     def _flatten(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -124,7 +127,7 @@ class RandomMask(Masking):
     Source: Masked Autoencoders, https://arxiv.org/abs/2111.06377
     """
 
-    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Tensor:
+    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
         return F.random_scores(batch_size, grid_size, **source)
 
 
@@ -154,8 +157,8 @@ class GridMask(Masking):
             )
         self.period = period
 
-    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Tensor:
-        return F.grid_scores(batch_size, grid_size, period=self.period, **source)
+    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
+        return F.grid_draws(batch_size, grid_size, period=self.period, **source)
 
 
 class BlockMask(Masking):
@@ -194,7 +197,7 @@ class BlockMask(Masking):
             raise ValueError(f"aspect={aspect} must be (least, greatest) with 0 < least <= greatest")
         self.num_blocks, self.area, self.aspect = num_blocks, area, aspect
 
-    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Tensor:
+    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
         shape: dict[str, Any] = {"num_blocks": self.num_blocks, "area": self.area, "aspect": self.aspect}
         return F.block_scores(batch_size, grid_size, **shape, **source)
 
@@ -222,11 +225,11 @@ class PartMask(Masking):
         """True: there are no whole parts without parts."""
         return True
 
-    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Tensor:
+    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
         if parts is None:
             raise ValueError(f"PartMask needs parts, but got None: {HOW_TO_GET_PARTS}")
         F.check_parts(parts, (batch_size, grid_size[0] * grid_size[1]))
-        return F.part_scores(parts.to(source["device"]), generator=source["generator"])
+        return F.part_draws(parts.to(source["device"]), generator=source["generator"])
 
 
 class EvolvingMask(Masking):
@@ -300,17 +303,18 @@ class EvolvingMask(Masking):
         """Whether a mask that needs parts has weight now."""
         return (self.start.needs_parts and self._alpha < 1) or (self.end.needs_parts and self._alpha > 0)
 
-    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Tensor:
+    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
         if parts is None and self.needs_parts:
             raise ValueError(f"EvolvingMask with alpha={self._alpha:.3g} needs parts, but got None: {HOW_TO_GET_PARTS}")
         # Without parts, a mask that needs them has no weight: the other one is all there is.
         if parts is None and self.end.needs_parts:
-            return self.start.scores(batch_size, grid_size, **source)
+            return self.start.draw(batch_size, grid_size, None, **source)
         if parts is None and self.start.needs_parts:
-            return self.end.scores(batch_size, grid_size, **source)
-        start = self.start.scores(batch_size, grid_size, parts=parts, **source)
-        end = self.end.scores(batch_size, grid_size, parts=parts, **source)
-        return F.blend_scores(start, end, self.alpha.to(start))
+            return self.end.draw(batch_size, grid_size, None, **source)
+        start, end = (mask.draw(batch_size, grid_size, parts, **source) for mask in (self.start, self.end))
+        # A blend is made of masks that are none.
+        start, end = (F.compute_scores(side) if isinstance(side, F.Blend) else side for side in (start, end))
+        return F.Blend(start, end, self.alpha.to(source["device"], torch.float32))
 
     def extra_repr(self) -> str:
         grid = super().extra_repr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,7 @@ class _Partitioner(nn.Module):
         _check_num_parts(num_parts)
         self.num_parts = num_parts
         self._warned = False
+        self._bad: Tensor | None = None  # how many affinities were NaN or inf, where the host can see it
 
     def _clean(self, affinity: Tensor) -> Tensor:
         """[B, N, N] in 32 bits or more, mean over heads, 0 for what is no affinity, the largest value of an image 1."""
@@ -70,18 +72,28 @@ class _Partitioner(nn.Module):
                 f"affinity has shape {list(affinity.shape)}, but must be [B, N, N] or [B, heads, N, N], "
                 "with a row and a column for each patch"
             )
-        finite = affinity.isfinite()
-        if not self._warned and not bool(finite.all()):
+        self._warn_of((affinity * 0 != 0).sum(), affinity.numel())
+        affinity = affinity if affinity.dtype == torch.float64 else affinity.float()
+        affinity = affinity.nan_to_num(0, 0, 0).clamp_(min=0)
+        affinity /= _or_one(affinity.flatten(1).amax(1)).view(-1, *[1] * (affinity.ndim - 1))
+        return affinity.mean(1) if affinity.ndim == 4 else affinity
+
+    def _warn_of(self, bad: Tensor, total: int) -> None:
+        """Warn once of affinities that are none; on a GPU a call later or more, so that the host need not wait."""
+        if self._warned:
+            return
+        if bad.device.type == "cpu":
+            self._bad = bad
+        elif self._bad is None:
+            self._bad = torch.zeros_like(bad, device="cpu").pin_memory()
+        if int(self._bad):
             self._warned = True
             warnings.warn(
-                f"{int((~finite).sum())} of {affinity.numel()} affinities are NaN or inf and count as 0: "
+                f"{int(self._bad)} of {total} affinities are NaN or inf and count as 0: "
                 "the model that they come from may have diverged. This warning is given once.",
-                stacklevel=4,
+                stacklevel=5,
             )
-        affinity = torch.where(finite, affinity, 0).clamp(min=0)
-        affinity = affinity if affinity.dtype == torch.float64 else affinity.float()
-        affinity = affinity / _or_one(affinity.flatten(1).amax(1)).view(-1, *[1] * (affinity.ndim - 1))
-        return affinity.mean(1) if affinity.ndim == 4 else affinity
+        self._bad.copy_(bad, non_blocking=True)
 
 
 class GraphCutPartitioner(_Partitioner):
@@ -94,7 +106,7 @@ class GraphCutPartitioner(_Partitioner):
     Args:
         num_parts: number of parts K where the call names none.
         smoothness: weight of the edges against the distances to the means: higher gives smoother outlines.
-        solver: of `maskevolve.mincut.grid_min_cut`: "auto", "pymaxflow" or "torch".
+        solver: of `maskevolve.mincut.grid_min_cut`: "auto", "pymaxflow", "torch" or "triton".
 
     Shape:
         affinity [B, N, N] or [B, heads, N, N] to parts [B, N] int64.
@@ -156,9 +168,10 @@ class GraphCutPartitioner(_Partitioner):
             neighbours, inside = _neighbours(height, width, affinity.device)
             edges = _edges(affinity, neighbours, inside, self.smoothness)
             nodes = torch.ones(affinity.shape[:2], dtype=torch.long, device=affinity.device)
+            inner = gram.sum(2).to(_wide(affinity.device))
             gains = []
             for level in range(max(min(num_parts, height * width) - 1, 0).bit_length() + EXTRA_LEVELS):
-                parts = _Parts(gram, nodes - (1 << level), 1 << level)
+                parts = _Parts(gram, nodes - (1 << level), 1 << level, inner)
                 first_nearer = parts.two_means()
                 # A cut pays `source` for a node on the sink's side, which is that of the second mean.
                 sides = grid_min_cut(
@@ -167,7 +180,8 @@ class GraphCutPartitioner(_Partitioner):
                     (edges * (parts.labels[:, neighbours] == parts.labels[:, None])).unflatten(2, (height, width)),
                     solver=self.solver,
                 ).flatten(1)
-                gains.append(parts.gain(sides))
+                gain, inner = parts.split(sides)
+                gains.append(gain)
                 nodes = 2 * nodes + sides
             return PartHierarchy(nodes, _split_order(gains, num_parts - 1))
 
@@ -230,36 +244,48 @@ class EMPartitioner(_Partitioner):
 
 
 class _Parts:
-    """The parts of one level of all images. Sums over a part are sums of integers: exact, so their order is free."""
+    """The parts of one level of all images. Sums over a part are sums of integers: exact, so their order is free.
 
-    def __init__(self, gram: Tensor, labels: Tensor, num_parts: int) -> None:
-        self.labels, self.num_parts = labels, num_parts
-        self.gram = gram * (labels[:, :, None] == labels[:, None, :])
-        self.norms = gram.diagonal(dim1=1, dim2=2).to(_wide(gram.device))
-        self.all = torch.ones_like(self.norms)
-        self.count = self.total(self.all)
-        self.inner_all = self.inner(self.all)
+    Args:
+        gram: [B, N, N] inner products of patches of the same part, 0 elsewhere.
+        labels: [B, N] part of each patch.
+        num_parts: of an image, empty ones too.
+        inner_all: [B, N] inner product of each patch with the sum of its part.
+    """
 
-    def total(self, values: Tensor) -> Tensor:
-        """Sum over each part: [B, N] to [B, num_parts]."""
-        return values.new_zeros(len(values), self.num_parts).scatter_add(1, self.labels, values)
+    def __init__(self, gram: Tensor, labels: Tensor, num_parts: int, inner_all: Tensor) -> None:
+        self.gram, self.labels, self.num_parts, self.inner_all = gram, labels, num_parts, inner_all
+        self.norms = gram.diagonal(dim1=1, dim2=2).to(inner_all)
+        self.count, self.square = self.total(torch.ones_like(inner_all), inner_all).unbind(1)
+        self.size = self.count.clamp(min=1)
+
+    def total(self, *values: Tensor) -> Tensor:
+        """Sums over each part of k times [B, N], [B, k, num_parts]."""
+        stacked = torch.stack(values, 1)
+        sums = stacked.new_zeros(len(stacked), len(values), self.num_parts)
+        return sums.scatter_add_(2, self.labels[:, None].expand_as(stacked), stacked)
 
     def spread(self, values: Tensor) -> Tensor:
-        """A value a part to a value a patch: [B, num_parts] to [B, N]."""
-        return values.gather(1, self.labels)
+        """A value a part to a value a patch: [..., num_parts] to [..., N]."""
+        labels = self.labels if values.ndim == 2 else self.labels[:, None].expand(-1, values.shape[1], -1)
+        return values.gather(-1, labels)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the part of each patch: [B, N] to [B, N]."""
-        return self.spread(self.total(values) / self.count.clamp(min=1))
+        return self.spread(self.total(values)[:, 0] / self.size)
 
-    def inner(self, members: Tensor) -> Tensor:
-        """Inner product of each patch with the sum of the members of its part, [B, N]."""
-        return (self.gram @ members.to(self.gram)[..., None])[..., 0].to(members)
+    def halves(self, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the two sides of each part, where `second` [B, N] is 1 on the second side and 0 on the first:
 
-    def distance(self, members: Tensor, inner: Tensor) -> Tensor:
-        """Squared distance of each patch to the mean of the members of its part, [B, N]."""
-        count = self.spread(self.total(members)).clamp(min=1)
-        return self.norms - 2 * inner / count + self.spread(self.total(members * inner)) / count**2
+        inner product of each patch with the sum of the side, [B, 2, N]; number of patches, and squared length of their
+        sum, [B, 2, num_parts].
+        """
+        # The matrix is symmetric; from this side a CPU is faster.
+        inner = (second.to(self.gram)[:, None] @ self.gram)[:, 0].to(second)
+        count, square = self.total(second, second * inner).unbind(1)
+        inner = torch.stack([self.inner_all - inner, inner], 1)
+        cross = self.total((1 - second) * inner[:, 0])[:, 0]
+        return inner, torch.stack([self.count - count, count], 1), torch.stack([cross, square], 1)
 
     def farthest(self, distance: Tensor) -> Tensor:
         """Squared distance of each patch to the first patch that is farthest within its part, [B, N]."""
@@ -278,27 +304,35 @@ class _Parts:
         distances, not at 0, so that a few outliers cannot be one side for good. The result has mean 0 and root mean
         square 1 in every part: however even the attention is, it does not vanish beside the edges.
         """
-        from_seed = self.farthest(self.distance(self.all, self.inner_all))
+        # Squared distances to the part's mean, less what is the same for all its patches.
+        from_mean = self.norms - 2 * self.inner_all / self.spread(self.size)
+        from_seed = self.farthest(from_mean)
         nearer = self.farthest(from_seed) - from_seed
         for _ in range(LLOYD_STEPS):
-            second = (nearer < self.mean(nearer)).to(self.norms)
-            inner = self.inner(second)
-            nearer = self.distance(second, inner) - self.distance(1 - second, self.inner_all - inner)
+            inner, count, square = self.halves((nearer < self.mean(nearer)).to(self.norms))
+            count = count.clamp(min=1)
+            # Squared distances to both means, but for the squared length of the patch itself.
+            distance = self.spread(square / count**2) - 2 * inner / self.spread(count)
+            nearer = distance[:, 1] - distance[:, 0]
         nearer = nearer - self.mean(nearer)
         return nearer / _or_one(self.mean(nearer.square()).sqrt())
 
-    def gain(self, sides: Tensor) -> Tensor:
-        """What each split is worth, [B, num_parts]: how much it lowers the squared distances to the means, over the
-        square root of the part's size, lest a large background is split first; -1 where nothing is split.
+    def split(self, sides: Tensor) -> tuple[Tensor, Tensor]:
+        """Split every part in two, and the gram matrix with it, in place.
+
+        Args:
+            sides: [B, N] bool.
+
+        Returns:
+            The gain of each split, [B, num_parts]: how much it lowers the squared distances to the means, over the
+            square root of the part's size, lest a large background is split first; -1 where nothing is split. And
+            `inner_all` of the next level.
         """
-        second = sides.to(self.norms)
-        inner = self.inner(second)
-        gain, valid = -self.total(self.inner_all) / self.count.clamp(min=1), self.count > 0
-        for members, products in ((1 - second, self.inner_all - inner), (second, inner)):
-            count = self.total(members)
-            gain = gain + self.total(members * products) / count.clamp(min=1)
-            valid = valid & (count > 0)
-        return torch.where(valid, gain.clamp(min=0) / self.count.clamp(min=1).sqrt(), -1)
+        inner, count, square = self.halves(sides.to(self.norms))
+        gain = ((square / count.clamp(min=1)).sum(1) - self.square / self.size).clamp(min=0) / self.size.sqrt()
+        membership = torch.stack([sides, ~sides], 2).to(self.gram)
+        self.gram *= membership @ membership.mT
+        return torch.where((count > 0).all(1), gain, -1), torch.where(sides, inner[:, 1], inner[:, 0])
 
 
 def _split_order(gains: list[Tensor], splits: int) -> Tensor:
@@ -318,14 +352,16 @@ def _gram(affinity: Tensor) -> Tensor:
 
     The integers are so small that a float32 sum over a row is exact: whatever its order, on whatever device.
     """
-    features = nn.functional.normalize(affinity.sqrt().to(_wide(affinity.device)), dim=2)
-    features = features - features.mean(1, keepdim=True)
+    features = affinity.sqrt().to(_wide(affinity.device))
+    features /= _or_one(features.norm(dim=2, keepdim=True))
+    features -= features.mean(1, keepdim=True)
     gram = features @ features.mT
     largest = gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
     scale = torch.where(largest > 1e-12, (1 << 24) / gram.shape[1] / largest, 0)  # below: rounding, not structure
-    return (gram * scale).round().float()
+    return gram.mul_(scale).round_().float()
 
 
+@lru_cache(maxsize=16)
 def _neighbours(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The patch in each of the 8 directions, [8, N], or the patch itself where there is none; and where there is."""
     patch = torch.arange(height * width, device=device)

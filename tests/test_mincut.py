@@ -9,8 +9,9 @@ from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from maskevolve.mincut import OFFSETS, grid_min_cut
+from maskevolve.mincut.triton import min_cut as triton_min_cut
 
-SOLVERS = ["pymaxflow", "torch"]
+SOLVERS = ["pymaxflow", "torch", "triton"]
 
 
 def random_grid(height, width, largest, sparse, seed, batch_size=1):
@@ -61,7 +62,7 @@ sizes = {"height": st.integers(1, 7), "width": st.integers(1, 7), "seed": st.int
 capacities = {"largest": st.sampled_from([0, 1, 3, 1000, 10**6]), "sparse": st.sampled_from([0, 0.5, 0.9])}
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", ["pymaxflow", "torch"])
 @settings(max_examples=100, deadline=None)
 @given(**sizes, **capacities)
 def test_cut_is_that_of_scipys_flow(solver, height, width, largest, sparse, seed):
@@ -76,15 +77,35 @@ def test_cut_is_that_of_scipys_flow(solver, height, width, largest, sparse, seed
 @given(**sizes, largest=st.sampled_from([0, 1, 2, 50, 65536, 2**31 - 1]), sparse=st.sampled_from([0, 0.5, 0.95]))
 def test_solvers_return_the_same_bits(height, width, seed, largest, sparse):
     grid = random_grid(height, width, largest, sparse, seed, batch_size=5)
-    results = [grid_min_cut(*grid, solver=solver) for solver in SOLVERS]
-    assert torch.equal(*results)
+    assert torch.equal(grid_min_cut(*grid, solver="pymaxflow"), grid_min_cut(*grid, solver="torch"))
+
+
+@settings(max_examples=15, deadline=None)  # an interpreted kernel is slow
+@given(**sizes, largest=st.sampled_from([1, 50, 2**31 - 1]), sparse=st.sampled_from([0, 0.5]), rounds=st.integers(0, 2))
+def test_kernel_returns_the_same_bits_whatever_its_bound(height, width, seed, largest, sparse, rounds):
+    grid = random_grid(height, width, largest, sparse, seed, batch_size=2)
+    assert torch.equal(triton_min_cut(*grid, rounds=rounds), grid_min_cut(*grid, solver="torch"))
+
+
+def test_larger_grids_go_to_the_torch_solver(monkeypatch):
+    grid = random_grid(33, 32, 100, 0.2, seed=0)
+    expected = grid_min_cut(*grid, solver="pymaxflow")
+    with monkeypatch.context() as patch:
+        patch.setattr("maskevolve.mincut.triton._min_cut_kernel", None)
+        assert torch.equal(grid_min_cut(*grid, solver="triton"), expected)
+
+
+def test_the_kernel_needs_a_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match=r"needs tensors on a GPU"):
+        grid_min_cut(*random_grid(3, 3, 9, 0, seed=0), solver="triton")
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_images_of_a_batch_are_cut_each_for_itself(solver):
-    grids = random_grid(6, 5, 100, 0.3, seed=1, batch_size=8)
+    grids = random_grid(6, 5, 100, 0.3, seed=1, batch_size=4)
     together = grid_min_cut(*grids, solver=solver)
-    alone = [grid_min_cut(*(tensor[i : i + 1] for tensor in grids), solver=solver) for i in range(8)]
+    alone = [grid_min_cut(*(tensor[i : i + 1] for tensor in grids), solver=solver) for i in range(4)]
     assert torch.equal(together, torch.cat(alone))
 
 

@@ -47,6 +47,21 @@ def test_works_without_pymaxflow_and_says_what_to_install():
     assert "PyMaxflow" in " ".join(python(code))
 
 
+def test_works_without_triton_and_says_what_to_install():
+    code = """if True:
+        import sys, torch, warnings
+        sys.modules["triton"] = None
+        warnings.simplefilter("error")
+        from maskevolve import EvolvingMask, GraphCutPartitioner
+        parts = GraphCutPartitioner()(torch.rand(1, 16, 16))
+        EvolvingMask(1).set_epoch(0)(torch.rand(1, 16, 3), parts=parts)
+        try:
+            GraphCutPartitioner(solver="triton")(torch.rand(1, 16, 16))
+        except ImportError as error:
+            print(error)"""
+    assert "pip install triton" in " ".join(python(code))
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     out = tmp_path_factory.mktemp("dist")

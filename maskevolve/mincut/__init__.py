@@ -13,7 +13,7 @@ __all__ = ["OFFSETS", "SOLVERS", "grid_min_cut"]
 OFFSETS = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1))
 """(rows, columns) to the neighbour in each direction: E, W, S, N, SE, NW, SW, NE. Direction d ^ 1 is the way back."""
 
-SOLVERS = ("auto", "pymaxflow", "torch")
+SOLVERS = ("auto", "pymaxflow", "torch", "triton")
 
 
 def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str = "auto") -> Tensor:
@@ -26,8 +26,9 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
         sink: [B, H, W] int32 >= 0, capacity from each node to the sink.
         capacity: [B, 8, H, W] int32 >= 0, capacity from each node to its neighbour in the directions E, W, S, N, SE,
             NW, SW, NE. What leaves the grid is ignored.
-        solver: "pymaxflow" (CPU; PyMaxflow is under the GPL and is imported only here), "torch" (any device), or
-            "auto": pymaxflow for tensors on the CPU where it is installed, torch elsewhere.
+        solver: "pymaxflow" (CPU; PyMaxflow is under the GPL and is imported only here), "torch" (any device), "triton"
+            (a GPU; the host does not wait, but grids of more than 1024 nodes go to torch, where it does), or "auto":
+            pymaxflow for tensors on the CPU and triton on a GPU where these are installed, else torch.
 
     Returns:
         [B, H, W] bool on the device of `source`: True on the sink's side.
@@ -56,8 +57,13 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
 def _solver(name: str, on: device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if name not in SOLVERS:
         raise ValueError(f"solver={name!r} is not one of {', '.join(map(repr, SOLVERS))}")
-    if name == "pymaxflow" or (name == "auto" and on.type == "cpu" and find_spec("maxflow")):
+    if name == "auto":
+        best = {"cpu": ("pymaxflow", "maxflow"), "cuda": ("triton", "triton")}.get(on.type)
+        name = best[0] if best and find_spec(best[1]) else "torch"
+    if name == "pymaxflow":
         from .pymaxflow import min_cut
+    elif name == "triton":
+        from .triton import min_cut
     else:
         from .torch import min_cut
     return min_cut

@@ -1,0 +1,5 @@
+"""Triton's kernels run in its interpreter, on the CPU. The switch must be set before anything imports Triton."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
