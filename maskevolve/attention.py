@@ -1,8 +1,8 @@
 """How much the patches of an image attend to each other, read from a ViT while it runs. The model is not touched.
 
 Hooks mark which attention module is running; a torch-function mode sees the queries and keys that it hands to
-`scaled_dot_product_attention`, or the softmax that it takes itself. So norms, rotary embeddings and biases are
-included, whatever the model does to get there. All of it is gone when the call returns.
+`scaled_dot_product_attention`, the softmax that it takes itself, or the weights of nn.MultiheadAttention. So norms,
+rotary embeddings and biases are included, whatever the model does to get there. All of it is gone when the call ends.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, softmax
+from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention, softmax
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["attention_affinity", "attention_modules", "patch_grid"]
@@ -31,8 +31,9 @@ def attention_affinity(model: nn.Module, images: Tensor, layers: Sequence[int] |
     """Mean softmax attention between patches, over heads and layers; prefix tokens (class, register, ...) are dropped.
 
     Args:
-        model: a ViT of timm or one built alike, or an MAE (anything with `forward_encoder` and `random_masking`, whose
-            masking is off here). Runs in the mode it is in: call ``model.eval()`` first for a teacher.
+        model: a ViT of timm or one built alike, an MAE (anything with `forward_encoder` and `random_masking`), a ViT or
+            ViTMAE of Hugging Face, or a ViT of torchvision; masking is off here. Runs in the mode it is in: call
+            ``model.eval()`` first for a teacher.
         images: what the model takes, [B, C, height, width] in pixels.
         layers: which attention layers, counted from 0 or, below 0, from the end; all where None. Those after the last
             one that is wanted do not run.
@@ -70,25 +71,34 @@ def attention_affinity(model: nn.Module, images: Tensor, layers: Sequence[int] |
 
 
 def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
-    """The patch grid (H, W) of images of shape [B, C, height, width], from the model's `patch_embed`.
+    """The patch grid (H, W) of images of shape [B, C, height, width], from the `patch_size` of the model's parts.
 
     Example:
         >>> import timm
         >>> patch_grid(timm.create_model("vit_tiny_patch16_224", depth=1), torch.empty(1, 3, 224, 160))
         (14, 10)
     """
-    embed = getattr(model, "patch_embed", None)
-    patch_size = getattr(embed, "patch_size", None)
-    if patch_size is None:
+    embed = _patch_embed(model)
+    if embed is None:
         raise ValueError(
             f"{type(model).__name__} has no patch_embed.patch_size (in pixels), which tells the patch grid: set it, as "
             "in model.patch_embed.patch_size = 16"
         )
-    rows, columns = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    rows, columns = _pair(embed.patch_size)
     height, width = images.shape[-2:]
     if getattr(embed, "dynamic_img_pad", False):
         return -(-height // rows), -(-width // columns)
     return height // rows, width // columns
+
+
+def _patch_embed(model: nn.Module) -> Any:
+    """What knows the patch size: `patch_embed`, or the first module that has one; None where there is none."""
+    candidates = (getattr(model, "patch_embed", None), *model.modules())
+    return next((module for module in candidates if hasattr(module, "patch_size")), None)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 class _Reader(TorchFunctionMode):
@@ -124,7 +134,13 @@ class _Reader(TorchFunctionMode):
         if self.running not in self.left:
             return func(*args, **kwargs)
         if func is scaled_dot_product_attention:
-            self._add(_attention(*args, **kwargs))
+            attention, output = _attend(*args, **kwargs)  # not taken twice
+            self._add(attention)
+            return output
+        if func is multi_head_attention_forward:  # nn.MultiheadAttention, whose inside no mode sees
+            output, attention = func(*args, **{**kwargs, "need_weights": True, "average_attn_weights": True})
+            self._add(attention[:, None])
+            return output, attention
         result = func(*args, **kwargs)
         if func in (Tensor.softmax, torch.softmax, softmax):
             self._add(result)
@@ -143,16 +159,17 @@ class _Reader(TorchFunctionMode):
             raise _Done
 
 
-def _attention(
+def _attend(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, scale: float | None = None, **_: Any
-) -> Tensor:
-    """The softmax [B, heads, tokens, tokens] that scaled_dot_product_attention does not return."""
+) -> tuple[Tensor, Tensor]:
+    """What scaled_dot_product_attention returns, after the softmax [B, heads, tokens, tokens] that it does not."""
     logits = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         logits = logits.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:
         logits = logits + attn_mask
-    return torch.softmax(logits, -1, dtype=torch.float32)
+    attention = torch.softmax(logits, -1, dtype=torch.float32)
+    return attention, attention.to(value.dtype) @ value
 
 
 def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -161,10 +178,13 @@ def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Raises:
         RuntimeError: where there are none; it names the modules that were looked at.
     """
-    root = getattr(model, "blocks", model)
-    prefix = "" if root is model else "blocks."
-    named = [(prefix + name, module) for name, module in root.named_modules()]
+    encoder = _encoder(model)
+    inside = set(getattr(encoder, "blocks", encoder).modules())
+    named = [(name, module) for name, module in model.named_modules() if module in inside]
     found = [(name, module) for name, module in named if any(hasattr(module, heads) for heads in HEADS)]
+    # Where a block or the whole model has such a name too, the attention is what lies innermost.
+    known = {module for _, module in found}
+    found = [(name, module) for name, module in found if len(known.intersection(module.modules())) == 1]
     if not found:
         raise RuntimeError(_not_found(model, f"has no attention module, which is one with `{'` or `'.join(HEADS)}`"))
     return found
@@ -178,33 +198,43 @@ def _layer_index(layer: int, count: int) -> int:
 
 def _encode(model: nn.Module, images: Tensor) -> None:
     """Run the encoder on all patches."""
-    encoder: Any = model  # these methods are those of MAE and of timm, not of nn.Module
-    if hasattr(model, "forward_encoder"):
+    encoder = _encoder(model)
+    if hasattr(encoder, "forward_encoder"):
         encoder.forward_encoder(images, 0.0)
-    elif hasattr(model, "forward_features"):
+    elif hasattr(encoder, "forward_features"):
         encoder.forward_features(images)
+    elif hasattr(model, "base_model"):
+        # Only where it must: at its own size, Hugging Face's interpolation refuses images that are not square.
+        resized = _pair(_patch_embed(model).image_size) != images.shape[-2:]
+        encoder(images, **({"interpolate_pos_encoding": True} if resized else {}))
     else:
-        model(images)
+        encoder(images)
+
+
+def _encoder(model: nn.Module) -> Any:
+    """The model without its head or decoder, where it has that name for it (Hugging Face's)."""
+    return getattr(model, "base_model", model)
 
 
 @contextmanager
 def _all_patches(model: nn.Module) -> Iterator[None]:
     """Make an MAE keep every patch, in order, for as long as the context lasts."""
-    if not hasattr(model, "random_masking"):
+    owner = next((module for module in model.modules() if hasattr(module, "random_masking")), None)
+    if owner is None:
         yield
         return
-    before = vars(model).get("random_masking")
+    before = vars(owner).get("random_masking")
 
-    def keep_all(x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    def keep_all(x: Tensor, *how: Any) -> tuple[Tensor, Tensor, Tensor]:
         return x, x.new_zeros(x.shape[:2]), torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
 
-    vars(model)["random_masking"] = keep_all
+    vars(owner)["random_masking"] = keep_all
     try:
         yield
     finally:
-        del vars(model)["random_masking"]
+        del vars(owner)["random_masking"]
         if before is not None:
-            vars(model)["random_masking"] = before
+            vars(owner)["random_masking"] = before
 
 
 def _not_found(model: nn.Module, what: str) -> str:

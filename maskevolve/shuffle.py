@@ -145,14 +145,17 @@ class _Take(torch.autograd.Function):
             from . import kernels
 
             return kernels.take(x, ids)
-        width = x.shape[2]
         if ids.shape[1] <= x.shape[1]:
-            first = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-            return x.reshape(-1, width).index_select(0, (first + ids).flatten()).view(*ids.shape, width)
-        padded = torch.cat([x, x.new_zeros(len(x), 1, width)], 1)
-        return _Take.forward(ctx, padded, ids.clamp(max=x.shape[1]), inverse)
+            return x.reshape(-1, x.shape[2]).index_select(0, _flat(ids, x.shape[1])).view(*ids.shape, x.shape[2])
+        out = x.new_zeros(ids.numel(), x.shape[2])
+        return out.index_copy_(0, _flat(inverse, ids.shape[1]), x.flatten(0, 1)).view(*ids.shape, x.shape[2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         ids, inverse = ctx.saved_tensors
         return _Take.apply(grad, inverse, ids), None, None
+
+
+def _flat(ids: Tensor, size: int) -> Tensor:
+    """Indices [B, K] into each of B rows of a size, as indices into all of them one after the other."""
+    return (ids + torch.arange(len(ids), device=ids.device)[:, None] * size).flatten()

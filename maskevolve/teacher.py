@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .attention import attention_affinity, attention_modules, patch_grid
 from .schedule import clamp_epoch, num_parts_at
 
-__all__ = ["PartTeacher"]
+__all__ = ["PartTeacher", "unwrap"]
+
+_sources: WeakKeyDictionary[nn.Module, ref[nn.Module]] = WeakKeyDictionary()
+"""Which model a new teacher was copied from. Not in the teacher, which can be copied and saved."""
 
 
 class PartTeacher(nn.Module):
@@ -22,7 +27,7 @@ class PartTeacher(nn.Module):
     trains: no gradients, always in eval mode.
 
     Args:
-        model: the ViT or MAE that trains; it is copied.
+        model: the ViT or MAE that trains; it is copied. Before `fully_shard`, for sharded weights cannot be.
         partitioner: GraphCutPartitioner() or EMPartitioner(), or any module with their call.
         total_epochs: length of training, in epochs.
         num_parts: number of parts in the first and in the last epoch; it changes linearly.
@@ -57,6 +62,12 @@ class PartTeacher(nn.Module):
         layers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        model = unwrap(model)
+        if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+            raise ValueError(
+                f"this {type(model).__name__} is sharded, which cannot be copied: build the teacher before "
+                "fully_shard(model)"
+            )
         attention_modules(model)  # refuses a model without attention here, not in the first step
         if not isinstance(partitioner, nn.Module):
             raise TypeError(f"partitioner={partitioner!r} must be an instance, such as GraphCutPartitioner()")
@@ -69,6 +80,7 @@ class PartTeacher(nn.Module):
         self.num_parts = num_parts_at(0, total_epochs, *num_parts)
         self.register_load_state_dict_post_hook(_read_epoch)
         self.eval()
+        _sources[self] = ref(model)
 
     def set_epoch(self, epoch: float) -> PartTeacher:
         """Move to an epoch and return the teacher.
@@ -81,8 +93,29 @@ class PartTeacher(nn.Module):
         return self
 
     def update(self, model: nn.Module) -> None:
-        """Move the average towards `model`: call it after each optimizer step. The first call copies the model."""
-        self.model.update_parameters(model)
+        """Move the average towards `model`: call it after each optimizer step. The first call copies the model.
+
+        Args:
+            model: the model that trains. Where it is sharded (FSDP2), its weights are gathered: call it on every rank.
+        """
+        _sources.pop(self, None)
+        # All that an AveragedModel asks of a model.
+        whole = SimpleNamespace(
+            parameters=lambda: _gather(model.parameters()), buffers=lambda: _gather(model.buffers())
+        )
+        self.model.update_parameters(cast(nn.Module, whole))
+
+    def catch_up(self, model: nn.Module) -> None:
+        """Copy `model` anew, once, where this was copied from it and has neither been updated nor loaded since.
+
+        For its weights may have changed without a step: to those of a checkpoint or, in DistributedDataParallel, to
+        those of the first rank, so that all ranks have the same teacher.
+        """
+        source = _sources.get(self)
+        if source is not None and source() is model:
+            self.update(model)
+            self.model.n_averaged.zero_()  # the first step is still to come
+        _sources.pop(self, None)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -106,3 +139,16 @@ class PartTeacher(nn.Module):
 def _read_epoch(teacher: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(teacher, PartTeacher)
     teacher.set_epoch(float(teacher.epoch))
+    _sources.pop(teacher, None)
+
+
+def _gather(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The whole of each tensor, where this rank has a shard of it."""
+    return (cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor for tensor in tensors)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel or torch.compile."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    return model

@@ -2,6 +2,8 @@
 
 import timm
 import torch
+from einops import rearrange
+from photos import centre, find_photos
 from timm.models.vision_transformer import Block, PatchEmbed
 from torch import nn
 
@@ -29,22 +31,30 @@ def make_vit(variant="class token", depth=3, fused=True, **options):
 
 
 class MAE(nn.Module):
-    """What a teacher meets of the official MAE: two sets of blocks, and masking in the encoder."""
+    """A small MAE with the interface of the official one: its methods, their arguments and what they return."""
 
-    def __init__(self, depth=2, width=48, heads=3, patch_size=8, image_size=64):
+    def __init__(self, depth=2, width=48, heads=3, patch_size=8, image_size=64, norm_pix_loss=False, seed=0):
         super().__init__()
-        torch.manual_seed(0)
+        if seed is not None:
+            torch.manual_seed(seed)
         self.patch_embed = PatchEmbed(image_size, patch_size, 3, width)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width))
         self.pos_embed = nn.Parameter(torch.randn(1, self.patch_embed.num_patches, width))
         self.blocks = nn.ModuleList([Block(width, heads, qkv_bias=True) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
+        self.decoder_embed = nn.Linear(width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_pos_embed = nn.Parameter(0.1 * torch.randn(1, 1 + self.patch_embed.num_patches, width))
         self.decoder_blocks = nn.ModuleList([Block(width, heads, qkv_bias=True)])
+        self.decoder_norm = nn.LayerNorm(width)
+        self.decoder_pred = nn.Linear(width, 3 * patch_size**2)
+        self.norm_pix_loss = norm_pix_loss
 
     def random_masking(self, x, mask_ratio):
-        order = torch.rand(x.shape[:2]).argsort(1)
-        keep = order[:, : int(x.shape[1] * (1 - mask_ratio)), None].expand(-1, -1, x.shape[2])
-        return x.gather(1, keep), torch.zeros(x.shape[:2]), order.argsort(1)
+        shuffle = torch.rand(x.shape[0], x.shape[1], device=x.device).argsort(1)
+        restore, keep = shuffle.argsort(1), int(x.shape[1] * (1 - mask_ratio))
+        visible = x.gather(1, shuffle[:, :keep, None].expand(-1, -1, x.shape[2]))
+        return visible, (restore >= keep).float(), restore
 
     def forward_encoder(self, x, mask_ratio):
         x, mask, ids_restore = self.random_masking(self.patch_embed(x) + self.pos_embed, mask_ratio)
@@ -53,8 +63,29 @@ class MAE(nn.Module):
             x = block(x)
         return self.norm(x), mask, ids_restore
 
-    def forward(self, images, mask_ratio=0.75):
-        latent, mask, _ = self.forward_encoder(images, mask_ratio)
+    def forward_decoder(self, x, ids_restore):
+        x = self.decoder_embed(x)
+        removed = self.mask_token.expand(len(x), ids_restore.shape[1] + 1 - x.shape[1], -1)
+        patches = torch.cat([x[:, 1:], removed.to(x)], 1).gather(1, ids_restore[..., None].expand(-1, -1, x.shape[2]))
+        x = torch.cat([x[:, :1], patches], 1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
-            latent = block(latent)
-        return latent.square().mean(), latent, mask
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def forward_loss(self, images, prediction, mask):
+        rows, columns = self.patch_embed.patch_size
+        target = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=rows, q=columns)
+        if self.norm_pix_loss:
+            target = nn.functional.layer_norm(target, target.shape[-1:], eps=1e-6)
+        return ((prediction - target).square().mean(-1) * mask).sum() / mask.sum()
+
+    def forward(self, images, mask_ratio=0.75):
+        latent, mask, ids_restore = self.forward_encoder(images, mask_ratio)
+        prediction = self.forward_decoder(latent, ids_restore)
+        return self.forward_loss(images, prediction, mask), prediction, mask
+
+
+def photographs(count, size):
+    """Real pictures, [count, 3, size, size] around 0."""
+    photos = [centre(path, size) for path in find_photos(None)]
+    return torch.stack([photos[index % len(photos)].roll(index, -1) for index in range(count)]) * 4 - 2

@@ -1,0 +1,77 @@
+"""Write the README's tables of speed from the files in results/.
+
+python benchmarks/tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+README = Path(__file__).parents[1] / "README.md"
+RESULTS = Path(__file__).parent / "results"
+NOT_MEASURED = "No GPU was at hand: these figures are still to be measured on one."
+
+
+def render(text: str) -> str:
+    """The README with each table between its two markers made anew."""
+    tables = {"masks": masks, "partition": partition, "step": step}
+
+    def replace(found: re.Match[str]) -> str:
+        return f"<!-- {found[1]} -->\n{tables[found[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?\n<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+def masks() -> str:
+    """Forward, and forward and backward, of the largest batch of 196 patches in float32."""
+    columns = {"forward": "forward", "forward and backward": "forward_and_backward"}
+
+    def cells(rows: list[Any]) -> dict[str, Any]:
+        rows = [row for row in rows if row["patches"] == 196 and row["dtype"] == "float32"]
+        rows = [row for row in rows if row["batch"] == max(row["batch"] for row in rows)]
+        return {(row["name"], name): row for row in rows for name, way in columns.items() if row["pass"] == way}
+
+    return by_machine("mask_throughput", list(columns), cells)
+
+
+def partition() -> str:
+    """Ten parts, the largest batch of each grid."""
+
+    def cells(rows: list[Any]) -> dict[str, Any]:
+        rows = [row for row in rows if row["parts"] == 10]
+        largest = {row["grid"]: row["batch"] for row in rows}  # batches rise
+        return {(row["name"], row["grid"]): row for row in rows if row["batch"] == largest[row["grid"]]}
+
+    return by_machine("partition", ["14 x 14", "28 x 28", "48 x 48"], cells)
+
+
+def step() -> str:
+    return by_machine("step", ["a step"], lambda rows: {(row["name"], "a step"): row for row in rows})
+
+
+def by_machine(name: str, columns: list[str], cells: Any) -> str:
+    """A table for each machine that has results, and a word on those that are missing."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
+    blocks = []
+    for result in results:
+        found = cells(result["rows"])
+        lines = [f"| {result['machine']} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+        lines += [
+            f"| {label} | " + " | ".join(_cell(found.get((label, column))) for column in columns) + " |"
+            for label in dict.fromkeys(label for label, _ in found)
+        ]
+        blocks.append("\n".join(lines))
+    if not any(result["device"] == "cuda" for result in results):
+        blocks.append(NOT_MEASURED)
+    return "\n\n".join(blocks)
+
+
+def _cell(row: Any) -> str:
+    return "" if row is None else f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+
+
+if __name__ == "__main__":
+    README.write_text(render(README.read_text()))

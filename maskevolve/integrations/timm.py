@@ -1,0 +1,88 @@
+"""timm's ViTs (https://github.com/huggingface/pytorch-image-models), which hide patches by patch dropout."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..masks import Masking
+from ..teacher import PartTeacher, unwrap
+from .evolution import Evolution
+
+__all__ = ["apply_to_timm"]
+
+
+def apply_to_timm(vit: nn.Module, masking: Masking, teacher: PartTeacher | None = None) -> Evolution:
+    """Let the patch dropout of a timm ViT drop what `masking` removes; its rate stays that of the ViT.
+
+    Prefix tokens (class, distillation, registers) are kept, and nothing is dropped in eval mode.
+
+    Args:
+        vit: a ViT or EVA of timm, made with `patch_drop_rate`; wrapped in DistributedDataParallel or compiled or not.
+        masking: the mask.
+        teacher: where the mask gets its parts from, built from the same model; None for a mask that needs none.
+
+    Returns:
+        Evolution: call ``.set_epoch(epoch)`` in each epoch, ``.update()`` after each optimizer step.
+
+    Raises:
+        TypeError: where the model is no ViT with patch dropout.
+        ValueError: where it was made without it, has evolving masks already, the mask needs parts and there is no
+            teacher, or the teacher was built for another architecture.
+
+    Example:
+        >>> import timm
+        >>> from maskevolve import RandomMask
+        >>> vit = timm.create_model("vit_tiny_patch16_224", depth=1, patch_drop_rate=0.75)
+        >>> evolution = apply_to_timm(vit, RandomMask())
+        >>> vit.forward_features(torch.randn(2, 3, 224, 224)).shape  # 49 patches and the class token
+        torch.Size([2, 50, 192])
+
+    Source: https://arxiv.org/abs/2212.00794
+    """
+    vit = unwrap(vit)
+    for name in ("patch_drop", "patch_embed"):
+        if not hasattr(vit, name):
+            raise TypeError(f"{type(vit).__name__} has no `{name}`, as timm's ViTs have: pass such a ViT itself")
+    dropout: Any = vit.patch_drop
+    if not hasattr(dropout, "prob"):
+        raise ValueError(
+            f"this {type(vit).__name__} was made without patch dropout, and drops no patches: make it with "
+            "timm.create_model(..., patch_drop_rate=0.75)"
+        )
+    evolution = Evolution(vit, masking, teacher)
+    # Not that of the dropout, which in distilled models does not count the distillation token.
+    prefix: int = vit.num_prefix_tokens  # type: ignore[assignment]
+    # In models with rotary embeddings. Older versions of timm have an option in place of a class.
+    with_indices = type(dropout).__name__ == "PatchDropoutWithIndices" or getattr(dropout, "return_indices", False)
+
+    def drop(self: Any, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+        keep = None
+        if self.training and self.prob > 0:
+            x, keep = _drop(evolution, x, prefix, self.prob, self.ordered, with_indices)
+        return (x, keep) if with_indices else x
+
+    evolution.watch(vit.get_submodule("patch_embed"))
+    # A method, so that a copy of the ViT (its average, say) goes by its own training mode.
+    evolution.replace(dropout, "forward", MethodType(drop, dropout))
+    return evolution
+
+
+def _drop(
+    evolution: Evolution, x: Tensor, prefix: int, rate: float, ordered: bool, with_indices: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The tokens [B, prefix + N_keep, D] that stay and, where they are wanted, which patches those are, [B, N_keep]."""
+    patches = x[:, prefix:]
+    # timm keeps one patch at least.
+    rate = min(rate, max(0.0, 1 - 1.5 / patches.shape[1]))
+    visible, mask, ids_restore = evolution.mask(patches, rate)
+    keep = None
+    if ordered:
+        keep = mask.argsort(dim=1, stable=True)[:, : visible.shape[1]]
+        visible = patches.gather(1, keep[..., None].expand_as(visible))
+    elif with_indices:
+        keep = ids_restore.argsort(dim=1)[:, : visible.shape[1]]
+    return torch.cat([x[:, :prefix], visible], 1), keep

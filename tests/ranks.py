@@ -1,0 +1,138 @@
+"""What each of the processes of test_distributed.py does. A file of its own: processes import it by name."""
+
+import copy
+import functools
+
+import timm
+import torch
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from vits import MAE
+
+from maskevolve import EvolvingMask, GraphCutPartitioner, PartTeacher
+from maskevolve.integrations import apply_to_mae, apply_to_timm
+
+EPOCHS, STOP = 4, 2
+RANKS = 2
+
+
+def on_ranks(job, folder):
+    """Run job(rank) in two processes, and return what it returned in each."""
+    torch.multiprocessing.spawn(_join, (job, folder), RANKS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def _join(rank, job, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
+    torch.save(job(rank), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def make_mae(rank):
+    return MAE(seed=rank), apply_to_mae, lambda model, images: model(images)[0]
+
+
+def make_timm(rank):
+    torch.manual_seed(rank)
+    options = {"embed_dim": 48, "num_heads": 3, "depth": 2, "num_classes": 5, "patch_drop_rate": 0.75}
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, **options).train()
+    return vit, apply_to_timm, lambda model, images: model(images).square().mean()
+
+
+class Run:
+    """A host in DistributedDataParallel, whose ranks began with weights of their own, and its evolving masks."""
+
+    def __init__(self, host, rank, state=None):
+        model, apply, self.loss = host(rank)
+        teacher = PartTeacher(model, GraphCutPartitioner(), total_epochs=EPOCHS, num_parts=(8, 4), decay=0.5)
+        self.model = DistributedDataParallel(model)  # finds no unused parameters, and stops where there are some
+        self.evolution = apply(self.model, EvolvingMask(EPOCHS), teacher)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.optimizer.register_step_post_hook(lambda *_: self.evolution.update())
+        self.masks, self.first_teacher = [], None
+        draw = self.evolution.mask
+        self.evolution.mask = lambda *args: self.masks.append(draw(*args)) or self.masks[-1]
+        torch.manual_seed(3)  # alike on all ranks
+        if state is not None:
+            self.load(state)
+
+    def train(self, epochs):
+        images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(9))  # alike on all ranks
+        for epoch in epochs:
+            self.evolution.set_epoch(epoch)
+            loss = self.loss(self.model, images)
+            self.first_teacher = self.first_teacher or self.weights_of_teacher()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        return self
+
+    def weights_of_teacher(self):
+        return copy.deepcopy(self.evolution.teacher.state_dict())
+
+    def state(self):
+        parts = self.model.module, self.optimizer, self.evolution
+        return copy.deepcopy([part.state_dict() for part in parts]), torch.get_rng_state()
+
+    def load(self, state):
+        for part, value in zip((self.model.module, self.optimizer, self.evolution), state[0], strict=True):
+            part.load_state_dict(value)
+        torch.set_rng_state(state[1])
+
+
+def data_parallel(rank, host):
+    stopped = Run(host, rank).train(range(STOP))
+    state = stopped.state()
+    whole, resumed = stopped.train(range(STOP, EPOCHS)), Run(host, rank, state).train(range(STOP, EPOCHS))
+    again = Run(host, rank).train(range(EPOCHS))
+    return {
+        "masks": [masked.mask for masked in whole.masks],
+        "masks again": [masked.mask for masked in again.masks],
+        "first teacher": whole.first_teacher,
+        "teacher": whole.weights_of_teacher(),
+        **{name: run.state()[0] for name, run in (("whole", whole), ("resumed", resumed), ("again", again))},
+    }
+
+
+def sharded(rank):
+    """FSDP2, with the masks applied before and after the model is sharded."""
+    return {name: _sharded(before) for name, before in (("applied before", True), ("applied after", False))}
+
+
+def _sharded(before):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, mesh = MAE(seed=0), init_device_mesh("cpu", (RANKS,))
+    teacher = PartTeacher(model, GraphCutPartitioner(), total_epochs=EPOCHS, num_parts=(8, 4), decay=0.5)
+    apply = functools.partial(apply_to_mae, model, EvolvingMask(EPOCHS), teacher)
+    evolution = apply() if before else None
+    model.norm.bias.data.fill_(0.5)  # as loading weights would
+    for block in (*model.blocks, *model.decoder_blocks):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    evolution = evolution or apply()
+    try:
+        PartTeacher(model, GraphCutPartitioner(), total_epochs=EPOCHS)
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(3)
+    losses, masks, teachers, students = [], [], [], []
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(9))
+    for epoch in range(EPOCHS):
+        evolution.set_epoch(epoch)
+        students.append([parameter.full_tensor().detach().clone() for parameter in model.parameters()])
+        loss, _, mask = model(images)
+        teachers.append([parameter.clone() for parameter in teacher.model.module.parameters()])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        evolution.update()
+        losses.append(loss.detach())
+        masks.append(mask)
+    kinds = {type(parameter).__name__ for parameter in model.parameters()}
+    results = {"losses": losses, "masks": masks, "teachers": teachers, "students": students}
+    return {**results, "kinds": kinds, "refused": refused}

@@ -1,0 +1,58 @@
+"""Two processes (gloo): each draws masks of its own, all have one teacher, and runs can be repeated and resumed."""
+
+import functools
+
+import pytest
+import ranks
+import torch
+from test_pretrain import equal
+
+try:
+    from torch.distributed.fsdp import fully_shard
+except ImportError:  # torch 2.5 and older
+    fully_shard = None
+
+
+@pytest.fixture(scope="module", params=[ranks.make_mae, ranks.make_timm], ids=["MAE", "timm"])
+def results(request, tmp_path_factory):
+    job = functools.partial(ranks.data_parallel, host=request.param)
+    return ranks.on_ranks(job, tmp_path_factory.mktemp("ranks"))
+
+
+def test_ranks_draw_different_masks(results):
+    """Even of the same images and with the same seed."""
+    for first, second in zip(results[0]["masks"], results[1]["masks"], strict=True):
+        assert not torch.equal(first, second)
+
+
+def test_ranks_have_one_teacher(results):
+    first, second = results
+    assert equal(first["whole"][0], second["whole"][0]), "as they have one student"
+    assert equal(first["first teacher"], second["first teacher"]), "before the first step"
+    assert equal(first["teacher"], second["teacher"])
+    assert not equal(first["teacher"], first["first teacher"])
+
+
+def test_a_seed_makes_a_run(results):
+    for result in results:
+        assert equal(result["whole"], result["again"])
+        assert equal(result["masks"], result["masks again"])
+
+
+def test_a_resumed_run_continues_bit_for_bit(results):
+    for result in results:
+        assert equal(result["whole"], result["resumed"])
+
+
+@pytest.mark.skipif(fully_shard is None, reason="needs torch 2.6")
+def test_fully_sharded(tmp_path):
+    first, second = ranks.on_ranks(ranks.sharded, tmp_path)
+    for order, result in first.items():
+        assert result["kinds"] == {"DTensor"}
+        assert equal(result["teachers"], second[order]["teachers"])
+        assert equal(result["teachers"][:2], result["students"][:2]), "of weights as they are, then of the first step"
+        pairs = zip(result["teachers"][1], result["students"][2], strict=True)
+        torch.testing.assert_close(result["teachers"][2], [0.5 * old + 0.5 * new for old, new in pairs])
+        assert not equal(result["masks"], second[order]["masks"])
+        assert result["losses"][-1] < result["losses"][0]
+        assert "build the teacher before fully_shard(model)" in result["refused"]

@@ -1,0 +1,442 @@
+"""Evolving masks in MAEs made of Lightly's modules and under Lightning, against the real packages."""
+
+import subprocess
+import sys
+import threading
+from copy import deepcopy
+from pathlib import Path
+
+import lightly_mae as example
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightly.models import utils
+from lightly.models.modules import MaskedVisionTransformerTIMM, MaskedVisionTransformerTorchvision
+from lightly_mae import MAE
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.models import vision_transformer as torchvision_vit
+
+from maskevolve import EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher, RandomMask
+from maskevolve.attention import attention_affinity
+from maskevolve.integrations import apply_to_lightly, lightning_callback
+
+OWN = {name: getattr(utils, name) for name in ("random_token_mask", "random_grid_token_mask")}
+
+
+@pytest.fixture(autouse=True)
+def lightly_is_left_as_it_was():
+    yield
+    assert {name: getattr(utils, name) for name in OWN} == OWN
+
+
+def make_vit(size=64, **options):
+    torch.manual_seed(0)
+    return VisionTransformer(size, 8, embed_dim=48, depth=2, num_heads=3, num_classes=0, **options)
+
+
+def make(**options):
+    return MAE(make_vit(**options), lr=1e-3, decoder_width=32)
+
+
+class Plain(nn.Module):
+    """Lightly's encoder in a plain module, whose forward draws a mask."""
+
+    def __init__(self, backbone=None, draw=lambda images, length: utils.random_token_mask((len(images), length), 0.75)):
+        super().__init__()
+        self.backbone = MaskedVisionTransformerTIMM(make_vit()) if backbone is None else backbone
+        self.draw = draw
+
+    def forward(self, images, extra=None):
+        self.idx_keep, self.idx_mask = self.draw(images, self.backbone.sequence_length)
+        return self.backbone.encode(images=images, idx_keep=self.idx_keep)
+
+
+def make_teacher(model, **options):
+    return PartTeacher(
+        model, GraphCutPartitioner(), **{"total_epochs": 4, "num_parts": (8, 4), "decay": 0.5, **options}
+    )
+
+
+def evolve(mae, epochs=4):
+    return apply_to_lightly(mae, EvolvingMask(epochs), make_teacher(mae.backbone, total_epochs=epochs))
+
+
+def pictures(batch=2, height=64, width=64):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def anatomy(model):
+    """All that an integration could leave behind."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+    modules = {
+        name: (set(vars(module)), {hook: dict(getattr(module, hook)) for hook in hooks})
+        for name, module in model.named_modules()
+    }
+    return list(model.state_dict()), modules
+
+
+def test_same_permutation_same_loss(monkeypatch):
+    mae, images = make(), pictures()
+    mae.log = lambda *_, **__: None
+    evolution, drawn = apply_to_lightly(mae, RandomMask()), []
+    encode = mae.backbone.encode
+    monkeypatch.setattr(
+        evolution, "mask", lambda *args: drawn.append(type(evolution).mask(evolution, *args)) or drawn[0]
+    )
+    patched = mae.training_step(images, 0)
+    order = drawn[0].ids_restore.argsort(1) + 1
+    keep = torch.cat([torch.zeros(2, 1, dtype=torch.int64), order[:, :16]], 1)
+    evolution.remove()
+    assert mae.backbone.encode != encode
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "random_token_mask", lambda *_, **__: (keep, order[:, 16:]))
+        assert torch.equal(mae.training_step(images, 0), patched)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.6, 0.75, 0.9])
+@pytest.mark.parametrize("options", [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}])
+@pytest.mark.parametrize("maskable", [False, True], ids=["", "mask_class_token"])
+def test_indices_have_the_shapes_and_order_of_lightlys(ratio, options, maskable):
+    def draw(images, length):
+        return utils.random_token_mask((len(images), length), ratio, mask_class_token=maskable, device=images.device)
+
+    backbone = MaskedVisionTransformerTIMM(make_vit(**options))
+    mae, prefix = Plain(backbone, draw), backbone.vit.num_prefix_tokens
+    own = draw(pictures(3), backbone.sequence_length)
+    apply_to_lightly(mae, GridMask())
+    mae(pictures(3))
+    for ours, theirs in zip((mae.idx_keep, mae.idx_mask), own, strict=True):
+        assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+    assert mae.idx_keep[:, :prefix].tolist() == [list(range(prefix))] * 3
+    everything = torch.cat([mae.idx_keep, mae.idx_mask], 1).sort(1).values
+    assert torch.equal(everything, torch.arange(backbone.sequence_length).expand(3, -1))
+
+
+def test_pixios_coarse_grid_is_replaced_too():
+    mae = Plain(draw=lambda images, length: utils.random_grid_token_mask((len(images), length), 0.75, grid_size=2))
+    apply_to_lightly(mae, GridMask())
+    assert mae(pictures()).shape == (2, 17, 48)
+    assert mae.idx_mask.shape == (2, 48)
+
+
+def test_masks_are_whole_parts_at_the_end():
+    mae, images = Plain(), pictures(1)
+    teacher = make_teacher(mae.backbone)
+    apply_to_lightly(mae, PartMask(), teacher).set_epoch(3)
+    parts = teacher(images)[0]
+    for _ in range(5):
+        mae(images)
+        mask = torch.zeros(64).scatter(0, mae.idx_mask[0] - 1, 1)
+        assert sum(0 < mask[parts == part].mean() < 1 for part in parts.unique()) <= 1
+
+
+def test_remove_leaves_the_module_as_it_was():
+    mae = make()
+    before = anatomy(mae)
+    for _ in range(2):
+        evolution = evolve(mae).set_epoch(3)
+        assert list(mae.state_dict()) == before[0], "nothing is added to the checkpoint"
+        evolution.remove()
+        assert anatomy(mae) == before
+
+
+def test_lightly_is_left_as_it_was_by_steps_that_fail():
+    mae = Plain(draw=lambda images, length: [][0])
+    apply_to_lightly(mae, RandomMask())
+    with pytest.raises(IndexError):
+        mae(pictures())
+
+
+def test_other_threads_and_other_models_draw_lightlys_own_masks():
+    reached, go_on, own = threading.Event(), threading.Event(), []
+
+    def draw(images, length):
+        reached.set()
+        go_on.wait(10)
+        return utils.random_token_mask((len(images), length), 0.75)
+
+    mae = Plain(draw=draw)
+    evolution = apply_to_lightly(mae, RandomMask())
+    evolution.mask = None
+
+    def fail():
+        with pytest.raises(TypeError):
+            mae(pictures())
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    reached.wait(10)
+    own.append(Plain()(pictures()))  # would fail if it drew ours
+    go_on.set()
+    thread.join()
+    assert own[0].shape == (2, 17, 48)
+
+
+def test_images_are_found_in_the_arguments():
+    mae, images = Plain(), pictures()
+    evolution = evolve(mae).set_epoch(2)
+    mae(images, extra={"labels": torch.zeros(2), "small": pictures(2, 8, 8), "again": [images]})
+    with pytest.raises(RuntimeError, match=r"2 tensors that could be.*call evolution\.see\(images\)"):
+        mae(images, extra=pictures())
+    evolution.see(images)
+    mae(images, extra=pictures())
+    mae.draw = lambda images, length: utils.random_token_mask((2 * len(images), length), 0.75)
+    with pytest.raises(RuntimeError, match="for 4 images of 64 patches, but the arguments of the step hold 0 tensors"):
+        mae(images)
+
+
+def test_a_mask_that_was_not_drawn_from_ours_is_an_error():
+    mae, images = Plain(), pictures()
+    evolution = apply_to_lightly(mae, RandomMask())
+    imported_by_name = OWN["random_token_mask"]
+    mae.draw = lambda images, length: imported_by_name((len(images), length), 0.75)
+    with pytest.raises(RuntimeError, match=r"from lightly\.models import utils.*utils\.random_token_mask"):
+        mae(images)
+    keep, mask = utils.random_token_mask((2, 65), 0.75)  # outside of forward
+    for named in ({"idx_keep": keep}, {"idx_mask": mask}):
+        with pytest.raises(RuntimeError, match="in the `forward` or the `training_step`"):
+            mae.backbone.encode(images, **named)
+    assert mae.backbone(images).shape == (2, 48), "no mask, no error"
+    assert mae.eval().backbone.encode(images, idx_keep=keep).shape == (2, 17, 48), "for demos, any mask will do"
+    evolution.remove()
+    assert mae.train()(images).shape == (2, 17, 48)
+
+
+def test_validation_draws_ours():
+    class Validated(MAE):
+        def validation_step(self, images, batch_idx):
+            return self.training_step(images, batch_idx)
+
+    mae = Validated(make_vit(), lr=1e-3)
+    mae.log = lambda *_, **__: None
+    evolution = evolve(mae).set_epoch(3)
+    evolution.mask = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        mae.eval().validation_step(pictures(), 0)
+
+
+@pytest.mark.parametrize("part", ["backbone", "backbone.vit"])
+def test_teacher_may_be_built_from_the_backbone_or_its_vit(part):
+    mae = Plain()
+    student = mae.get_submodule(part)
+    evolution = apply_to_lightly(mae, EvolvingMask(4), make_teacher(student)).set_epoch(2)
+    mae(pictures()).square().mean().backward()
+    torch.optim.SGD(mae.parameters(), 0.1).step()
+    evolution.update()
+    for ours, theirs in zip(evolution.teacher.model.module.parameters(), student.parameters(), strict=True):
+        assert torch.equal(ours, theirs), "the first update copies"
+
+
+def test_other_encoders_and_images_that_are_not_square():
+    vit = torchvision_vit.VisionTransformer(64, 8, 2, 3, 48, 96)
+    mae = Plain(MaskedVisionTransformerTorchvision(vit))
+    apply_to_lightly(mae, GridMask())
+    assert mae(pictures()).shape == (2, 17, 48)
+    mae = Plain(MaskedVisionTransformerTIMM(make_vit((64, 32)), pos_embed_initialization="learn"))
+    evolve(mae).set_epoch(2)
+    assert mae(pictures(3, 64, 32)).shape == (3, 9, 48)
+
+
+def test_torchvisions_attention_is_read():
+    torch.manual_seed(0)
+    vit, images, maps = torchvision_vit.VisionTransformer(64, 8, 2, 3, 48, 96).eval(), pictures(), []
+    for block in vit.encoder.layers:
+        nn.init.normal_(block.self_attention.in_proj_weight, std=0.5)
+        block.self_attention.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "need_weights": True}), with_kwargs=True
+        )
+        block.self_attention.register_forward_hook(lambda module, args, output: maps.append(output[1]))
+    vit(images)
+    affinity = attention_affinity(vit, images)
+    torch.testing.assert_close(affinity, torch.stack(maps[:2]).mean(0)[:, 1:, 1:])
+    assert affinity.std() > 0.1 * affinity.mean()
+    mae = Plain(MaskedVisionTransformerTorchvision(vit))
+    evolve(mae).set_epoch(2)
+    assert mae(images).shape == (2, 17, 48)
+
+
+def test_a_copy_runs_its_own_weights():
+    mae, images = Plain(), pictures()
+    apply_to_lightly(mae, RandomMask())
+    copy = deepcopy(mae)
+    with torch.no_grad():
+        copy.backbone.vit.norm.weight.mul_(2)
+    torch.manual_seed(2)
+    ours = mae(images)
+    torch.manual_seed(2)
+    theirs = copy(images)
+    assert torch.equal(mae.idx_keep, copy.idx_keep)
+    torch.testing.assert_close(2 * ours, theirs)
+
+
+def test_everyday_training():
+    mae, images = Plain(), pictures()
+    evolve(mae).set_epoch(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        mae(images).float().square().mean().backward()
+    assert mae.backbone.vit.blocks[0].attn.qkv.weight.grad is not None
+    torch.manual_seed(3)
+    plain = mae(images)
+    mae.backbone.set_grad_checkpointing()
+    torch.manual_seed(3)
+    checkpointed = mae(images)
+    assert torch.equal(plain, checkpointed)
+    checkpointed.square().mean().backward()
+
+
+def test_a_compiled_model_draws_the_same_masks():
+    mae, images = Plain(), pictures()
+    evolution = evolve(mae)
+    compiled = torch.compile(mae, backend="aot_eager")
+    for epoch in (0, 3):
+        evolution.set_epoch(epoch)
+        torch.manual_seed(4)
+        expected, keep = mae(images), mae.idx_keep
+        torch.manual_seed(4)
+        torch.testing.assert_close(compiled(images), expected)
+        assert torch.equal(mae.idx_keep, keep)
+        evolution.update()
+    evolution.remove()
+    assert apply_to_lightly(compiled, RandomMask()).model is mae.backbone
+
+
+def test_wrong_use_names_the_fix():
+    mae = make()
+    with pytest.raises(TypeError, match="VisionTransformer has no encoder of Lightly's"):
+        apply_to_lightly(make_vit(), RandomMask())
+    with pytest.raises(TypeError, match=r"MaskedVisionTransformerTIMM is an encoder.*pass the module that draws"):
+        apply_to_lightly(mae.backbone, RandomMask())
+    with pytest.raises(TypeError, match="Sequential defines no forward"):
+        apply_to_lightly(nn.Sequential(mae.backbone), RandomMask())
+    with pytest.raises(ValueError, match="needs parts, but there is no teacher"):
+        apply_to_lightly(mae, EvolvingMask(4))
+    for teacher in (make_teacher(mae), make_teacher(make_vit(reg_tokens=2))):
+        with pytest.raises(ValueError, match="built for another architecture"):
+            apply_to_lightly(mae, EvolvingMask(4), teacher)
+    evolve(mae)
+    with pytest.raises(ValueError, match=r"evolving masks already: call \.remove\(\)"):
+        apply_to_lightly(mae, RandomMask())
+    other = Plain(draw=lambda images, length: utils.random_token_mask((len(images), length), 1.0))
+    apply_to_lightly(other, RandomMask())
+    with pytest.raises(ValueError, match="mask_ratio"):
+        other(pictures())
+
+
+def test_forgetting_the_epoch_warns_once():
+    mae = Plain()
+    evolve(mae)
+    with pytest.warns(UserWarning, match=r"call evolution\.set_epoch\(epoch\)"):
+        mae(pictures())
+    mae(pictures())
+
+
+# Under Lightning.
+
+
+class Seeded(pl.Callback):
+    """Lightning leaves random states out of its checkpoints, so a run that is to be resumed exactly must seed."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        torch.manual_seed(trainer.global_step)
+
+
+def make_trainer(evolution, out, epochs=3, callbacks=(), **options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return pl.Trainer(
+        max_epochs=epochs,
+        callbacks=[lightning_callback(evolution), Seeded(), *callbacks],
+        enable_checkpointing=bool(callbacks),
+        default_root_dir=out,
+        **quiet,
+        **options,
+    )
+
+
+def loader(count=12):
+    return DataLoader(pictures(count), 4)
+
+
+def watch_calls(monkeypatch, evolution):
+    epochs, updates = [], []
+    set_epoch, update = evolution.set_epoch, evolution.update
+    monkeypatch.setattr(evolution, "set_epoch", lambda epoch: (epochs.append(epoch), set_epoch(epoch)))
+    monkeypatch.setattr(evolution, "update", lambda: (updates.append(1), update()))
+    return epochs, updates
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_lightning_moves_the_epoch_and_the_teacher(tmp_path, monkeypatch, accumulate):
+    mae = make()
+    evolution = evolve(mae, 3)
+    epochs, updates = watch_calls(monkeypatch, evolution)
+    trainer = make_trainer(evolution, tmp_path, accumulate_grad_batches=accumulate)
+    trainer.fit(mae, loader())
+    assert epochs == pytest.approx([step / 3 for step in range(9)])
+    assert len(updates) == 9 // accumulate
+    assert evolution.masking.alpha == trainer.callback_metrics["alpha"] == 1
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"gradient_clip_val": 0.1}])
+def test_lightning_options(tmp_path, options):
+    mae = make()
+    evolution = evolve(mae, 2)
+    make_trainer(evolution, tmp_path, 2, **options).fit(mae, loader())
+    assert evolution.teacher.model.n_averaged == 6
+
+
+def equal_states(a, b):
+    return all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path):
+    mae = make()
+    expected = evolve(mae, 3)
+    every = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    make_trainer(expected, tmp_path, callbacks=[every]).fit(mae, loader())
+
+    torch.manual_seed(123)
+    resumed = make()
+    evolution = evolve(resumed, 3)
+    trainer = make_trainer(evolution, tmp_path)
+    trainer.fit(resumed, loader(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
+    assert evolution.teacher.model.n_averaged == 9
+    assert equal_states(mae.state_dict(), resumed.state_dict())
+    for name in ("teacher", "masking"):
+        assert equal_states(expected.state_dict()[name], evolution.state_dict()[name])
+
+
+def test_under_torchrun(tmp_path):
+    worker = str(Path(__file__).with_name("trainers.py"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*torchrun, worker, "lightly", str(tmp_path)], check=True, capture_output=True)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert len(first["masks"]) == len(second["masks"]) == 4
+    assert not any(map(torch.equal, first["masks"], second["masks"]))
+    assert equal_states(first["model"], second["model"])
+    assert equal_states(first["evolution"]["teacher"], second["evolution"]["teacher"])
+    assert first["evolution"]["teacher"]["model.n_averaged"] == 4
+
+
+def test_pretraining_on_photographs_lowers_the_loss_and_raises_alpha(tmp_path):
+    losses, alphas = [], []
+
+    class Record(MAE):
+        def training_step(self, images, batch_idx):
+            loss = super().training_step(images, batch_idx)
+            losses.append(float(loss.detach()))
+            return loss
+
+        def on_train_epoch_end(self):
+            alphas.append(float(self.trainer.callback_metrics["alpha"]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(example, "MAE", Record)
+        example.main(["--image-size", "32", "--epochs", "4", "--out", str(tmp_path)])
+    assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+    assert alphas == sorted(alphas)
+    assert alphas[-1] == 1
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert state["callbacks"]["maskevolve"]["masking"]["alpha"] == 1

@@ -1,0 +1,363 @@
+"""Masks in the patch dropout of timm's ViTs: which patches stay is ours, all else is timm's."""
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from test_pretrain import equal
+from timm.layers import PatchDropout
+from torch import nn
+from vits import make_vit, photographs
+
+from maskevolve import BlockMask, EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher, RandomMask
+from maskevolve.integrations import apply_to_mae, apply_to_timm
+
+SMALL = {"embed_dim": 48, "num_heads": 3, "depth": 2, "num_classes": 5, "patch_drop_rate": 0.75}
+MODELS = {
+    "plain": ("vit_tiny_patch16_224", {"img_size": 96}),
+    "no class token": ("vit_tiny_patch16_224", {"img_size": 96, "class_token": False, "global_pool": "avg"}),
+    "distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 96}),
+    "registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 84}),
+    "EVA": ("eva02_tiny_patch14_224", {"img_size": 84}),
+    "RoPE, mixed": ("vit_small_patch16_rope_mixed_224", {"img_size": 96}),
+    "RoPE, registers": ("vit_small_patch16_dinov3", {"img_size": 96}),
+    "non-square": ("vit_tiny_patch16_224", {"img_size": (64, 160)}),
+    "dynamic": ("vit_tiny_patch16_224", {"img_size": 96, "dynamic_img_size": True}),
+}
+MODELS = {name: model for name, model in MODELS.items() if timm.is_model(model[0])}  # not all in older versions
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:timm")
+
+
+def make(name, **options):
+    torch.manual_seed(0)
+    architecture, own = MODELS[name]
+    vit = timm.create_model(architecture, **{**SMALL, **own, **options}).train()
+    return vit, vit.patch_embed.img_size
+
+
+def make_teacher(model, **options):
+    return PartTeacher(model, GraphCutPartitioner(), **{"total_epochs": 10, "num_parts": (8, 4), **options})
+
+
+def evolving(vit):
+    return apply_to_timm(vit, EvolvingMask(10), make_teacher(vit)).set_epoch(5)
+
+
+def gradients(vit, images):
+    torch.manual_seed(1)
+    vit.zero_grad()
+    output = vit(images)
+    output = sum(output) if isinstance(output, tuple) else output  # distilled models have two heads
+    output.square().sum().backward()
+    return output.detach(), [parameter.grad.clone() for parameter in vit.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("ordered", [False, True])
+def test_the_same_draws_give_the_same_output(monkeypatch, name, ordered):
+    vit, size = make(name)
+    vit.patch_drop.ordered = ordered
+    # In distilled models timm's patch dropout may drop the distillation token; ours does not.
+    vit.patch_drop.num_prefix_tokens = vit.num_prefix_tokens
+    images = torch.randn(3, 3, *size)
+    noise = torch.rand(3, vit.patch_embed.num_patches)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn", lambda *_, **__: noise)
+        expected = gradients(vit, images)
+    monkeypatch.setattr(RandomMask, "draw", lambda *_, **__: noise)
+    evolution = apply_to_timm(vit, RandomMask())
+    ours = gradients(vit, images)
+    assert torch.equal(ours[0], expected[0])
+    assert all(map(torch.equal, ours[1], expected[1]))
+    evolution.remove()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_evolving_masks_in_every_vit(name):
+    vit, size = make(name)
+    evolving(vit)
+    images = torch.randn(3, 3, *size)
+    keep = int(0.25 * vit.patch_embed.num_patches)
+    assert vit.forward_features(images).shape == (3, vit.num_prefix_tokens + keep, 48)
+    output, grads = gradients(vit, images)
+    assert output.shape == (3, 5)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.3, 0.5, 0.77, 0.96, 0.99])
+@pytest.mark.parametrize("size", [(16, 16), (32, 48), (112, 112)])
+def test_as_many_patches_stay_as_in_timm(rate, size):
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=size, **{**SMALL, "patch_drop_rate": rate}).train()
+    images = torch.randn(2, 3, *size)
+    expected = vit.forward_features(images).shape
+    apply_to_timm(vit, GridMask())
+    assert vit.forward_features(images).shape == expected
+
+
+@pytest.mark.parametrize("name", ["plain", "registers"])
+def test_prefix_tokens_and_position_embeddings(name):
+    vit, size = make(name)
+    evolving(vit)
+    seen = {}
+    vit.patch_drop.register_forward_hook(lambda module, args, output: seen.update(before=args[0], after=output))
+    vit.forward_features(torch.randn(3, 3, *size))
+    prefix = vit.num_prefix_tokens
+    assert torch.equal(seen["after"][:, :prefix], seen["before"][:, :prefix])
+    for before, after in zip(seen["before"][:, prefix:], seen["after"][:, prefix:], strict=True):
+        equal = (after[:, None] == before).all(-1)  # tokens hold their position: no two are alike
+        assert (equal.sum(1) == 1).all()
+        assert (equal.sum(0) <= 1).all()
+
+
+@pytest.mark.parametrize("name", [name for name in ("EVA", "RoPE, mixed") if name in MODELS])
+def test_indices_are_those_of_the_patches_that_stay(name):
+    vit, size = make(name)
+    evolving(vit)
+    for ordered in (False, True):
+        vit.patch_drop.ordered = ordered
+        vit.patch_embed(torch.randn(3, 3, *size))
+        x = torch.randn(3, vit.num_prefix_tokens + vit.patch_embed.num_patches, 48)
+        after, keep = vit.patch_drop(x)
+        patches = x[:, vit.num_prefix_tokens :]
+        assert torch.equal(after[:, vit.num_prefix_tokens :], patches.gather(1, keep[..., None].expand(-1, -1, 48)))
+        assert bool((keep.diff(dim=1) > 0).all()) == ordered
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_eval_drops_nothing_and_removal_leaves_nothing(name):
+    vit, size = make(name)
+    images = torch.randn(2, 3, *size)
+    keys, method, hooks = list(vit.state_dict()), set(vars(vit.patch_drop)), len(vit.patch_embed._forward_pre_hooks)
+    expected = vit.eval()(images)
+    evolution = evolving(vit)
+    assert list(vit.state_dict()) == keys
+    assert isinstance(vit.patch_drop, nn.Module)
+    assert torch.equal(vit(images), expected)
+    evolution.remove()
+    assert list(vit.state_dict()) == keys
+    assert set(vars(vit.patch_drop)) == method
+    assert len(vit.patch_embed._forward_pre_hooks) == hooks
+    assert torch.equal(vit(images), expected)
+    shape = vit.train().forward_features(images).shape
+    evolving(vit)
+    assert vit.forward_features(images).shape[1] == shape[1] + (name == "distilled")
+
+
+def test_copies_go_by_their_own_mode():
+    vit, size = make("plain")
+    evolving(vit)
+    average, images = timm.utils.ModelEmaV3(vit, decay=0.9), torch.randn(2, 3, *size)
+    average.update(vit)
+    assert average.module.eval().forward_features(images).shape[1] == 37
+    assert vit.forward_features(images).shape[1] == 10
+    assert copy.deepcopy(vit).forward_features(images).shape[1] == 10
+
+
+def test_whole_parts_of_the_images_at_hand():
+    vit, _ = make("plain")
+    teacher, images = make_teacher(vit), photographs(6, 96)
+    apply_to_timm(vit, PartMask(), teacher).set_epoch(0)
+    vit.pos_embed.data.zero_()
+    vit.patch_drop.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    for batch in (images[:4], images[4:]):
+        seen = []
+        vit(batch)
+        (before, after), parts = seen[-1], teacher(batch)
+        stays = (before[:, 1:, None] == after[:, None, 1:]).all(-1).any(2)
+        for image in range(len(batch)):
+            torn = [part for part in parts[image].unique() if stays[image][parts[image] == part].unique().numel() == 2]
+            assert len(torn) <= 1
+
+
+def test_training_on_photographs():
+    """To tell nine photographs apart by the quarter of them that stays."""
+    vit, _ = make("plain", num_classes=9)
+    evolution = apply_to_timm(vit, EvolvingMask(40), make_teacher(vit, total_epochs=40, decay=0.9))
+    images, optimizer = photographs(18, 96), torch.optim.AdamW(vit.parameters(), lr=1e-3)
+    losses, alphas = [], []
+    for step in range(40):
+        evolution.set_epoch(step)
+        batch = torch.randperm(18)
+        loss = nn.functional.cross_entropy(vit(images[batch]), batch % 9)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        evolution.update()
+        losses.append(float(loss.detach()))
+        alphas.append(float(evolution.masking.alpha))
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert alphas == sorted(alphas)
+    assert alphas[-1] == 1
+
+
+class TestEverydayTraining:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("name", ["plain", "EVA"])
+    def test_autocast(self, name, dtype):
+        vit, size = make(name)
+        evolution = evolving(vit)
+        optimizer, scaler = torch.optim.AdamW(vit.parameters()), torch.amp.GradScaler("cpu", dtype == torch.float16)
+        optimizer.register_step_post_hook(lambda *_: evolution.update())
+        with torch.autocast("cpu", dtype):
+            loss = vit(torch.randn(2, 3, *size)).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        assert loss.isfinite()
+        assert int(evolution.teacher.model.n_averaged) == 1
+
+    @pytest.mark.parametrize("name", ["plain", "EVA"])
+    def test_compiled_whole(self, name):
+        torch._dynamo.reset()
+        vit, size = make(name)
+        evolution, images = evolving(vit), torch.randn(2, 3, *size)
+        expected = gradients(vit, images)
+        compiled = torch.compile(vit, backend="aot_eager")
+        torch.testing.assert_close(gradients(compiled, images), expected)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for epoch in (5.5, 9):
+                evolution.set_epoch(epoch)
+                compiled(images)
+        torch._dynamo.reset()
+
+    def test_masks_without_a_teacher_need_no_graph_break(self):
+        torch._dynamo.reset()
+        vit, size = make("plain")
+        apply_to_timm(vit, EvolvingMask(10, end=BlockMask())).set_epoch(5)
+        compiled = torch.compile(vit, backend="aot_eager", fullgraph=True)
+        assert compiled(torch.randn(2, 3, *size)).shape == (2, 5)
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("name", ["plain", "EVA"])
+    def test_checkpointed_activations(self, name):
+        vit, size = make(name)
+        evolving(vit)
+        images = torch.randn(2, 3, *size)
+        expected = gradients(vit, images)
+        vit.set_grad_checkpointing()
+        torch.testing.assert_close(gradients(vit, images), expected)
+
+    def test_batches_of_any_size_and_images_of_several_sizes(self):
+        vit, _ = make("dynamic")
+        evolving(vit)
+        for size, height, width in ((1, 96, 96), (5, 96, 96), (2, 64, 160), (3, 160, 64), (2, 128, 128)):
+            number = height * width // 256
+            assert vit.forward_features(torch.randn(size, 3, height, width)).shape == (size, 1 + number // 4, 48)
+
+
+class TestWrongUse:
+    @pytest.mark.parametrize("name", ["plain", "EVA"])
+    def test_no_patch_dropout(self, name):
+        architecture, own = MODELS[name]
+        vit = timm.create_model(architecture, **{**SMALL, **own, "patch_drop_rate": 0})
+        with pytest.raises(ValueError, match=r"timm\.create_model\(\.\.\., patch_drop_rate=0\.75\)"):
+            apply_to_timm(vit, RandomMask())
+
+    def test_no_vit(self):
+        with pytest.raises(TypeError, match="ResNet has no `patch_drop`"):
+            apply_to_timm(timm.create_model("resnet18"), RandomMask())
+
+    def test_twice(self):
+        vit, _ = make("plain")
+        evolution = apply_to_timm(vit, RandomMask())
+        with pytest.raises(ValueError, match=r"already: call \.remove\(\)"):
+            apply_to_timm(vit, GridMask())
+        evolution.remove()
+        apply_to_timm(vit, GridMask())
+
+    def test_no_teacher_or_another_architecture(self):
+        vit, _ = make("plain")
+        with pytest.raises(ValueError, match=r"EvolvingMask needs parts.*PartTeacher\(model"):
+            apply_to_timm(vit, EvolvingMask(10))
+        with pytest.raises(ValueError, match="another architecture than this VisionTransformer"):
+            apply_to_timm(vit, EvolvingMask(10), make_teacher(make_vit()))
+
+    def test_a_grid_that_does_not_fit(self):
+        vit, size = make("plain")
+        apply_to_timm(vit, GridMask(grid_size=(4, 9)))
+        with pytest.raises(ValueError, match="6 x 6 grid"):
+            vit(torch.randn(1, 3, *size))
+
+    def test_no_epoch_is_warned_of_once(self):
+        vit, size = make("plain")
+        apply_to_timm(vit, EvolvingMask(10), make_teacher(vit))
+        with pytest.warns(UserWarning, match=r"evolution\.set_epoch\(epoch\)"):
+            vit(torch.randn(1, 3, *size))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            vit(torch.randn(1, 3, *size))
+
+
+def test_patch_dropout_of_older_versions():
+    """It had an option in place of a class of its own."""
+
+    class Dropout(PatchDropout):
+        return_indices = True
+
+        def forward(self, x):
+            return super().forward(x), None
+
+    vit, size = make("EVA")
+    vit.patch_drop = Dropout(0.75, 1)
+    evolving(vit)
+    assert vit.forward_features(torch.randn(2, 3, *size)).shape == (2, 10, 48)
+
+
+def test_no_host_is_needed_to_import_the_integrations():
+    hosts = ("timm", "transformers", "lightly", "lightning", "pytorch_lightning")
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({hosts}))"
+    command = [sys.executable, "-c", f"{blocked}; import maskevolve.integrations"]
+    subprocess.run(command, check=True)
+
+
+def test_timm_and_mae_are_told_apart():
+    vit, _ = make("plain")
+    with pytest.raises(TypeError, match="no `random_masking`"):
+        apply_to_mae(vit, RandomMask())
+
+
+def launch(*options, ranks=1, fails=False):
+    """What the launcher of examples/timm prints, run on the stand-in for timm's script."""
+    tests = Path(__file__).parent
+    python = [
+        sys.executable,
+        *(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if ranks > 1 else []),
+    ]
+    command = [*python, tests.parent / "examples/timm/train.py", "--script", tests / "timm_train.py", *options]
+    environment = {**os.environ, "PYTHONPATH": f"{tests}:{tests.parent / 'examples'}", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    assert (run.returncode != 0) == fails, run.stderr
+    return run.stderr if fails else run.stdout
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_launcher(tmp_path, ranks):
+    ours = ("--ema-decay", 0.9, "--num-parts", 8, 4, "--")
+    log = launch(*ours, "--output", tmp_path / "whole", ranks=ranks)
+    losses = [json.loads(line)["loss"] for line in log.splitlines() if line.startswith("{")]
+    assert len(losses) == 3
+    assert losses[2] < losses[0]
+    assert re.findall(r"masks of epoch (\d): EvolvingMask, alpha (\S+), (\d) parts", log) == [
+        ("0", "0.577", "8"),
+        ("1", "0.816", "6"),
+        ("2", "1.000", "4"),
+    ]
+    resume = tmp_path / "whole/checkpoint-0.pth.tar"
+    launch(*ours, "--output", tmp_path / "resumed", "--resume", resume, ranks=ranks)
+    paths = (tmp_path / run / "checkpoint-2.pth.tar" for run in ("whole", "resumed"))
+    whole, resumed = (torch.load(path, weights_only=False) for path in paths)
+    for part in ("state_dict", "optimizer", "maskevolve"):
+        assert equal(whole[part], resumed[part])
+    assert int(whole["maskevolve"]["evolution"]["teacher"]["model.n_averaged"]) == 12
+
+
+def test_launcher_with_what_it_cannot_use(tmp_path):
+    assert "is no file: take train.py" in launch("--script", tmp_path, "--", fails=True)
+    assert "no patch dropout: choose a --model that is a ViT" in launch("--", "--model", "resnet18", fails=True)

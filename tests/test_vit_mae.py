@@ -1,0 +1,422 @@
+"""Evolving masks in Hugging Face's ViTMAE and under its Trainer, against the real package."""
+
+import json
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+import vit_mae as example
+from transformers import (
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTMAEModel,
+    ViTModel,
+)
+from vits import MAE
+
+from maskevolve import BlockMask, EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher, RandomMask
+from maskevolve.attention import attention_affinity, attention_modules
+from maskevolve.integrations import apply_to_vit_mae, trainer_callback
+
+ENCODER = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+DECODER = {f"decoder_{name}": value for name, value in {**ENCODER, "num_hidden_layers": 1}.items()}
+CLASSES = [ViTMAEForPreTraining, ViTMAEModel]
+
+
+def make(cls=ViTMAEForPreTraining, **options):
+    torch.manual_seed(0)
+    return cls(ViTMAEConfig(image_size=64, patch_size=8, initializer_range=0.2, **ENCODER, **DECODER, **options))
+
+
+def make_teacher(model, **options):
+    return PartTeacher(
+        model, GraphCutPartitioner(), **{"total_epochs": 4, "num_parts": (8, 4), "decay": 0.5, **options}
+    )
+
+
+def evolve(model, epochs=4):
+    return apply_to_vit_mae(model, EvolvingMask(epochs), make_teacher(model, total_epochs=epochs))
+
+
+def pictures(batch=2, height=64, width=64):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def result(output):
+    return output.loss if hasattr(output, "loss") else output.last_hidden_state
+
+
+def anatomy(model):
+    """All that an integration could leave behind."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+    modules = {
+        name: (set(vars(module)), {hook: dict(getattr(module, hook)) for hook in hooks})
+        for name, module in model.named_modules()
+    }
+    return list(model.state_dict()), modules
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_same_permutation_same_loss(cls, attention):
+    model, images = make(cls, attn_implementation=attention), pictures()
+    evolution = apply_to_vit_mae(model, RandomMask())
+    patched = model(images)
+    assert patched.mask.sum(1).tolist() == [48, 48]
+    evolution.remove()
+    own = model(images, noise=patched.ids_restore.float())
+    assert torch.equal(own.ids_restore, patched.ids_restore)
+    assert torch.equal(own.mask, patched.mask)
+    assert torch.equal(result(own), result(patched))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_noise_keeps_its_meaning(cls):
+    model, images = make(cls), pictures()
+    noise = torch.rand(2, 64)
+    own = model(images, noise=noise)
+    evolve(model).set_epoch(3)
+    given = model(images, noise=noise)
+    assert torch.equal(given.ids_restore, own.ids_restore)
+    assert torch.equal(result(given), result(own))
+    assert not torch.equal(model(images).mask, own.mask)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_remove_leaves_the_model_as_it_was(cls):
+    model = make(cls)
+    before = anatomy(model)
+    evolution = evolve(model).set_epoch(3)
+    assert list(model.state_dict()) == before[0], "nothing is added to the checkpoint"
+    model(pictures())
+    evolution.remove()
+    assert anatomy(model) == before
+    evolve(model).remove()
+    assert anatomy(model) == before
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_affinity_is_what_the_model_reports_of_all_patches(cls, attention):
+    model, images = make(cls, attn_implementation="eager", mask_ratio=0.0).eval(), pictures()
+    in_order = torch.arange(64.0).expand(2, -1)
+    with torch.no_grad():
+        maps = torch.stack(model(images, noise=in_order, output_attentions=True).attentions)
+    model = make(cls, attn_implementation=attention).eval()
+    assert len(attention_modules(model)) == 2, "the decoder's are not counted"
+    affinity = attention_affinity(model, images)
+    torch.testing.assert_close(affinity, maps.mean((0, 2))[:, 1:, 1:], rtol=1e-4, atol=1e-6)
+    assert affinity.std() > 0.1 * affinity.mean()
+    assert anatomy(model) == anatomy(make(cls, attn_implementation=attention).eval())
+    torch.testing.assert_close(attention_affinity(model, images, [-1]), maps[-1].mean(1)[:, 1:, 1:])
+
+
+def test_plain_vit_of_hugging_face_is_read_too():
+    for image_size in (64, (64, 32)):
+        vit = ViTModel(ViTConfig(image_size=image_size, patch_size=8, **ENCODER))
+        images = pictures(height=64, width=64 if image_size == 64 else 32)
+        assert make_teacher(vit)(images).shape == (2, images.shape[2] * images.shape[3] // 64)
+    assert make_teacher(ViTModel(ViTConfig(image_size=64, patch_size=8, **ENCODER)))(pictures(2, 96, 48)).shape == (
+        2,
+        72,
+    )
+
+
+def test_images_of_several_sizes_and_batches_of_changing_size():
+    model = make()
+    evolve(model).set_epoch(2)
+    for batch, height, width in ((2, 64, 64), (3, 96, 48), (1, 48, 96), (2, 64, 64)):
+        output = model(pictures(batch, height, width), interpolate_pos_encoding=True)
+        patches = height * width // 64
+        assert output.mask.shape == (batch, patches)
+        assert (output.mask.sum(1) == patches - int(patches * 0.25)).all()
+        output.loss.backward()
+
+
+@pytest.mark.parametrize("masking", [GridMask(), BlockMask(), EvolvingMask(4, end=BlockMask())])
+def test_masks_without_parts_need_no_teacher(masking):
+    model = make(mask_ratio=0.5)
+    apply_to_vit_mae(model, masking).set_epoch(1)
+    assert model(pictures()).mask.sum(1).tolist() == [32, 32]
+
+
+def test_masks_are_whole_parts_at_the_end():
+    model, images = make(), pictures(1)
+    teacher = make_teacher(model)
+    apply_to_vit_mae(model, PartMask(), teacher).set_epoch(3)
+    parts = teacher(images)[0]
+    for _ in range(5):
+        mask = model(images).mask[0]
+        cut = [part for part in parts.unique() if 0 < mask[parts == part].mean() < 1]
+        assert len(cut) <= 1
+
+
+@pytest.mark.parametrize("part", ["model", "encoder"])
+def test_teacher_may_be_built_from_the_encoder_alone(part):
+    model = make()
+    student = model if part == "model" else model.vit
+    evolution = apply_to_vit_mae(model, EvolvingMask(4), make_teacher(student)).set_epoch(2)
+    loss = model(pictures()).loss
+    loss.backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    evolution.update()
+    for ours, theirs in zip(evolution.teacher.model.module.parameters(), student.parameters(), strict=True):
+        assert torch.equal(ours, theirs), "the first update copies"
+
+
+def test_a_copy_masks_with_its_own_embeddings():
+    model, images = make(), pictures()
+    apply_to_vit_mae(model, RandomMask())
+    copy = deepcopy(model)
+    with torch.no_grad():
+        copy.vit.embeddings.patch_embeddings.projection.weight.mul_(2)
+    torch.manual_seed(2)
+    ours = model(images)
+    torch.manual_seed(2)
+    theirs = copy(images)
+    assert torch.equal(ours.mask, theirs.mask)
+    assert ours.loss != theirs.loss
+
+
+def test_everyday_training():
+    model, images = make(), pictures()
+    evolution = evolve(model).set_epoch(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images)
+    assert output.mask.sum(1).tolist() == [48, 48]
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    evolution.update()
+
+    model.eval()
+    with torch.no_grad():  # a demo of reconstruction
+        assert model.unpatchify(model(images).logits).shape == images.shape
+    model.train()
+
+    torch.manual_seed(3)
+    plain = model(images).loss
+    model.gradient_checkpointing_enable()
+    torch.manual_seed(3)
+    checkpointed = model(images).loss
+    assert torch.equal(plain, checkpointed)
+    checkpointed.backward()
+
+
+def test_a_compiled_model_draws_the_same_masks():
+    model, images = make(), pictures()
+    evolution = evolve(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    for epoch in (0, 3):
+        evolution.set_epoch(epoch)
+        torch.manual_seed(4)
+        expected = model(images)
+        torch.manual_seed(4)
+        output = compiled(images)
+        assert torch.equal(output.mask, expected.mask)
+        torch.testing.assert_close(output.loss, expected.loss)
+        output.loss.backward()
+        evolution.update()
+    evolution.remove()
+    again = apply_to_vit_mae(compiled, RandomMask())
+    assert again.model is model.vit
+
+
+def test_half_precision_model():
+    model = make().bfloat16()
+    evolve(model).set_epoch(2)
+    assert model(pictures().bfloat16()).logits.dtype == torch.bfloat16
+
+
+def test_wrong_use_names_the_fix():
+    model = make()
+    with pytest.raises(TypeError, match="MAE is no ViTMAE of Hugging Face: pass a ViTMAEForPreTraining"):
+        apply_to_vit_mae(MAE(), RandomMask())
+    with pytest.raises(TypeError, match="ViTModel is no ViTMAE"):
+        apply_to_vit_mae(ViTModel(ViTConfig(**ENCODER)), RandomMask())
+    with pytest.raises(ValueError, match="needs parts, but there is no teacher"):
+        apply_to_vit_mae(model, EvolvingMask(4))
+    with pytest.raises(ValueError, match="built for another architecture"):
+        apply_to_vit_mae(model, EvolvingMask(4), make_teacher(MAE()))
+    wider = ViTMAEForPreTraining(ViTMAEConfig(image_size=64, patch_size=8, **{**ENCODER, "intermediate_size": 64}))
+    with pytest.raises(ValueError, match="built for another architecture"):
+        apply_to_vit_mae(model, EvolvingMask(4), make_teacher(wider))
+    evolution = evolve(model)
+    for again in (model, model.vit):
+        with pytest.raises(ValueError, match=r"evolving masks already: call \.remove\(\)"):
+            apply_to_vit_mae(again, RandomMask())
+    evolution.remove()
+    apply_to_vit_mae(model, RandomMask(grid_size=(4, 4)))
+    with pytest.raises(ValueError, match=r"8 x 8 grid|4 x 4"):
+        model(pictures())
+
+
+def test_forgetting_the_epoch_warns_once():
+    model = make()
+    evolve(model)
+    model.eval()(pictures())
+    with pytest.warns(UserWarning, match=r"call evolution\.set_epoch\(epoch\)"):
+        model.train()(pictures())
+    model(pictures())
+
+
+# Under the Trainer.
+
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, count=12):
+        self.images = pictures(count)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.images[index]}
+
+
+def make_trainer(out, *, epochs=3, count=12, resume_from=None, **options):
+    model = make()
+    evolution = evolve(model, epochs)
+    settings = {"per_device_train_batch_size": 4, "save_strategy": "no", "learning_rate": 1e-3, **options}
+    args = TrainingArguments(
+        str(out), num_train_epochs=epochs, report_to="none", use_cpu=True, disable_tqdm=True, **settings
+    )
+    ours = trainer_callback(evolution, resume_from)
+    return Trainer(model, args, train_dataset=Images(count), callbacks=[ours]), evolution
+
+
+def equal_states(a, b):
+    return all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+def watch_calls(monkeypatch, evolution):
+    epochs, updates = [], []
+    set_epoch, update = evolution.set_epoch, evolution.update
+    monkeypatch.setattr(evolution, "set_epoch", lambda epoch: (epochs.append(epoch), set_epoch(epoch)))
+    monkeypatch.setattr(evolution, "update", lambda: (updates.append(1), update()))
+    return epochs, updates
+
+
+def test_trainer_moves_the_epoch_and_the_teacher(tmp_path, monkeypatch):
+    trainer, evolution = make_trainer(tmp_path)
+    epochs, updates = watch_calls(monkeypatch, evolution)
+    trainer.train()
+    assert epochs == pytest.approx([step / 3 for step in range(9)])
+    assert len(updates) == 9
+    assert evolution.teacher.model.n_averaged == 9
+    assert evolution.masking.alpha == 1
+
+
+def test_trainer_accumulates_gradients(tmp_path, monkeypatch):
+    trainer, evolution = make_trainer(tmp_path, gradient_accumulation_steps=3, per_device_train_batch_size=2)
+    epochs, updates = watch_calls(monkeypatch, evolution)
+    trainer.train()
+    assert epochs == pytest.approx([0, 0.5, 1, 1.5, 2, 2.5])
+    assert len(updates) == 6
+
+
+def test_skipped_steps_do_not_move_the_teacher():
+    class Optimizer:
+        step_was_skipped = True
+
+    evolution = evolve(make())
+    callback = trainer_callback(evolution)
+    callback.on_optimizer_step(None, None, None, optimizer=Optimizer())
+    assert evolution.teacher.model.n_averaged == 0
+    callback.on_optimizer_step(None, None, None, optimizer=torch.optim.SGD([torch.zeros(1)], 1))
+    assert evolution.teacher.model.n_averaged == 1
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}])
+def test_trainer_options(tmp_path, options):
+    trainer, evolution = make_trainer(tmp_path, gradient_checkpointing=True, epochs=2, **options)
+    trainer.train()
+    assert evolution.teacher.model.n_averaged == 6
+    assert evolution.masking.alpha == 1
+
+
+@pytest.mark.parametrize("step", [3, 5])
+@pytest.mark.parametrize("moved", [False, True], ids=["here", "moved"])
+def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path, step, moved):
+    whole, expected = make_trainer(tmp_path / "whole", save_strategy="steps", save_steps=step)
+    whole.train()
+    checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+    assert (checkpoint / "evolution.pt").exists()
+    torch.manual_seed(123)
+    out = tmp_path / "elsewhere" if moved else tmp_path / "whole"
+    resumed, evolution = make_trainer(out, resume_from=str(checkpoint) if moved else None)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert equal_states(whole.model.state_dict(), resumed.model.state_dict())
+    assert equal_states(expected.state_dict()["teacher"], evolution.state_dict()["teacher"])
+    assert equal_states(expected.state_dict()["masking"], evolution.state_dict()["masking"])
+
+
+def test_resuming_without_the_evolution_is_an_error(tmp_path):
+    trainer, _ = make_trainer(tmp_path / "a", save_strategy="steps", save_steps=3)
+    trainer.train()
+    checkpoint = str(tmp_path / "a" / "checkpoint-3")
+    trainer, _ = make_trainer(tmp_path / "b")
+    with pytest.raises(FileNotFoundError, match=r"resumed at step 3: pass the folder.*resume_from_checkpoint=folder"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def test_under_torchrun(tmp_path):
+    worker = str(Path(__file__).with_name("trainers.py"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*torchrun, worker, "hugging_face", str(tmp_path)], check=True, capture_output=True)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert len(first["masks"]) == len(second["masks"]) == 4
+    assert not any(map(torch.equal, first["masks"], second["masks"]))
+    assert equal_states(first["model"], second["model"])
+    assert equal_states(first["evolution"]["teacher"], second["evolution"]["teacher"])
+    assert first["evolution"]["teacher"]["model.n_averaged"] == 4
+
+
+def test_pretraining_on_photographs_lowers_the_loss_and_raises_alpha(tmp_path):
+    small = "--image-size 32 --epochs 4 --batch-size 16"
+    trainer = example.main([*small.split(), "--out", str(tmp_path)])
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[-1]["loss"] < 0.9 * logs[0]["loss"]
+    state = torch.load(tmp_path / f"checkpoint-{trainer.state.global_step}" / "evolution.pt", weights_only=True)
+    assert state["masking"]["alpha"] == 1
+    assert json.loads((tmp_path / f"checkpoint-{trainer.state.global_step}" / "trainer_state.json").read_text())
+
+
+# Without the package.
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_integrations_load_no_host():
+    code = """if True:
+        import sys, torch
+        before = set(sys.modules)
+        import maskevolve.integrations
+        print(*{name.split(".")[0] for name in set(sys.modules) - before})"""
+    assert not set(python(code).split()) & {"transformers", "lightly", "timm", "pytorch_lightning", "lightning"}
+
+
+def test_a_missing_host_is_named():
+    code = """if True:
+        import sys, torch
+        from maskevolve.integrations import apply_to_lightly, lightning_callback, trainer_callback
+        for name in ("transformers", "lightly", "pytorch_lightning"):
+            sys.modules[name] = None
+        for call in (trainer_callback, lightning_callback, lambda _: apply_to_lightly(torch.nn.Identity(), None)):
+            try:
+                call(None)
+            except ImportError as error:
+                print(error)"""
+    lines = python(code).splitlines()
+    assert [line.partition(": pip install ")[2] for line in lines] == [
+        "'transformers[torch]'",
+        "pytorch-lightning",
+        "'lightly[timm]'",
+    ]
