@@ -170,7 +170,7 @@ class GraphCutPartitioner(_Partitioner):
             nodes = torch.ones(affinity.shape[:2], dtype=torch.long, device=affinity.device)
             inner = gram.sum(2).to(_wide(affinity.device))
             gains = []
-            for level in range(max(min(num_parts, height * width) - 1, 0).bit_length() + EXTRA_LEVELS):
+            for level in range(_depth(num_parts, height * width)):
                 parts = _Parts(gram, nodes - (1 << level), 1 << level, inner)
                 first_nearer = parts.two_means()
                 # A cut pays `source` for a node on the sink's side, which is that of the second mean.
@@ -333,6 +333,12 @@ class _Parts:
         membership = torch.stack([sides, ~sides], 2).to(self.gram)
         self.gram *= membership @ membership.mT
         return torch.where((count > 0).all(1), gain, -1), torch.where(sides, inner[:, 1], inner[:, 0])
+
+
+def _depth(num_parts: int, num_patches: int) -> int:
+    """Levels of splits: those of a balanced tree and some more, unless parts would come down to single patches."""
+    least = max(min(num_parts, num_patches) - 1, 0).bit_length()
+    return max(1, least, min(least + EXTRA_LEVELS, num_patches.bit_length() - 1))
 
 
 def _split_order(gains: list[Tensor], splits: int) -> Tensor:
