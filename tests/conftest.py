@@ -1,9 +1,13 @@
-"""What must be set before anything imports torch or Triton."""
+"""What must be set before torch and Triton are imported."""
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, on the CPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each of pytest's workers
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, on the CPU
 
 # Programs that tests run, not tests.
 collect_ignore = ["mae_fork", "ranks.py", "timm_train.py", "trainers.py"]

@@ -436,3 +436,14 @@ def test_evolving_mask_takes_the_grid_of_its_ends():
 def test_scores_of_another_shape():
     with pytest.raises(ValueError, match=r"\[2, 15\].*\[2, 16, 3\]"):
         F.mask_patches(torch.zeros(2, 16, 3), torch.zeros(2, 15))
+
+
+def test_gradients_are_deterministic_copies():
+    torch.use_deterministic_algorithms(True)
+    try:
+        x = torch.randn(2, 49, 3, requires_grad=True)
+        visible, mask, _ = GridMask()(x)
+        visible.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(x.grad, (1 - mask)[..., None].expand_as(x))

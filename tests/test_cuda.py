@@ -1,0 +1,103 @@
+"""What only a GPU can show. Skipped where there is none: CI has none, and cannot install one."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from planted import planted_attention
+from test_masks import MASKS, random_parts
+from test_mincut import random_grid
+
+from maskevolve import EvolvingMask, GraphCutPartitioner
+from maskevolve import functional as F
+from maskevolve.mincut import grid_min_cut
+from maskevolve.shuffle import random_key, shuffle
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@contextmanager
+def no_host_sync():
+    """Any wait for the GPU is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 5), (14, 14), (32, 32), (48, 48)])
+@pytest.mark.parametrize(("largest", "sparse"), [(1, 0), (1000, 0.5), (2**31 - 1, 0.2)])
+def test_every_solver_cuts_alike(height, width, largest, sparse):
+    grid = random_grid(height, width, largest, sparse, seed=height, batch_size=16)
+    expected = grid_min_cut(*grid, solver="pymaxflow")
+    for solver in ("auto", "triton", "torch"):
+        assert torch.equal(grid_min_cut(*(tensor.cuda() for tensor in grid), solver=solver).cpu(), expected)
+
+
+@pytest.mark.parametrize("num_patches", [1, 49, 196, 784, 2304, 4900])
+def test_the_shuffle_has_the_bits_of_the_cpu(num_patches):
+    draws = torch.Generator().manual_seed(0)
+    groups = torch.randint(10, (8, num_patches), generator=draws)
+    start, end = (F.GroupDraws(random_key(8, None, draws), each) for each in (groups, groups.flip(1)))
+    tie_key, keep = random_key(8, None, draws), (num_patches + 3) // 4
+    expected = shuffle(F.Blend(start, end, torch.tensor(0.3)), tie_key, num_patches, keep)
+    start, end = (F.GroupDraws(each.key.cuda(), each.groups.cuda()) for each in (start, end))
+    ours = shuffle(F.Blend(start, end, torch.tensor(0.3).cuda()), tie_key.cuda(), num_patches, keep)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("make", MASKS.values(), ids=MASKS.keys())
+def test_masks_do_not_wait_for_the_gpu_and_repeat_their_gradients(make):
+    masking, parts = make().cuda(), random_parts(8, 196).cuda()
+    x = torch.randn(8, 196, 32, device="cuda", requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with no_host_sync():
+            visible, mask, _ = masking(x, 0.75, parts=parts)
+            visible.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(x.grad, (1 - mask)[..., None].expand_as(x))
+    assert (mask.sum(1) == 147).all()
+
+
+def test_parts_do_not_wait_for_the_gpu_and_are_those_of_the_cpu():
+    _, affinity = planted_attention(16, 14, 14, 8, strength=0.5, noise=1, heads=4)
+    partitioner, on_gpu = GraphCutPartitioner(), affinity.cuda()
+    partitioner(on_gpu)  # compiles
+    with no_host_sync():
+        parts = partitioner(on_gpu)
+    different = int((parts.cpu() != GraphCutPartitioner()(affinity)).sum())
+    assert different < 0.01 * parts.numel(), "rounding of features may move a few patches"
+
+
+def test_a_graph_replays_with_new_draws():
+    masking, parts = EvolvingMask(10).set_epoch(4).cuda(), random_parts(8, 196).cuda()
+    partitioner, affinity = GraphCutPartitioner(), torch.rand(8, 196, 196, device="cuda")
+    x = torch.randn(8, 196, 32, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            masking(x, parts=parts)
+            partitioner(affinity)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        cut = partitioner(affinity)
+        mask = masking(x, parts=parts).mask
+    graph.replay()
+    first = mask.clone()
+    graph.replay()
+    assert not torch.equal(first, mask)
+    assert (mask.sum(1) == 147).all()
+    assert torch.equal(cut, partitioner(affinity))
+
+
+def test_compiles_whole_on_the_gpu():
+    torch._dynamo.reset()
+    masking, parts = EvolvingMask(10).set_epoch(4).cuda(), random_parts(4, 49).cuda()
+    x = torch.randn(4, 49, 8, device="cuda", requires_grad=True)
+    visible, mask, _ = torch.compile(masking, fullgraph=True)(x, 0.75, parts=parts)
+    visible.sum().backward()
+    assert torch.equal(x.grad, (1 - mask)[..., None].expand_as(x))
