@@ -45,7 +45,7 @@ def test_three_lines_make_an_mae_evolve():
 @pytest.mark.parametrize("host", ["apply_to_vit_mae", "apply_to_lightly"])
 def test_lines_to_paste_are_at_most_five(host):
     (block,) = blocks(host)
-    assert len(block.splitlines()) <= 5
+    assert len(list(filter(None, block.splitlines()))) <= 5
 
 
 def test_every_call_of_the_table_exists():
