@@ -29,7 +29,7 @@ def render(text: str) -> str:
 def masks() -> str:
     """196 patches in float32, the largest batch: forward, and forward and backward."""
 
-    def cells(rows: list[Any]) -> dict[str, Any]:
+    def cells(rows: list[Any]) -> dict[tuple[str, str], Any]:
         rows = [row for row in rows if row["patches"] == 196 and row["dtype"] == "float32"]
         most = max(row["batch"] for row in rows)
         rows = [row for row in rows if row["batch"] == most]
@@ -41,7 +41,7 @@ def masks() -> str:
 def partition() -> str:
     """Ten parts, the largest batch of each grid."""
 
-    def cells(rows: list[Any]) -> dict[str, Any]:
+    def cells(rows: list[Any]) -> dict[tuple[str, str], Any]:
         rows = [row for row in rows if row["parts"] == 10]
         largest = {row["grid"]: row["batch"] for row in rows}  # batches rise
         rows = [row for row in rows if row["batch"] == largest[row["grid"]]]

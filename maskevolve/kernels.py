@@ -111,8 +111,14 @@ def _take(x: Tensor, ids: Tensor) -> Tensor:
 
 
 # torch.compile sees one opaque operator each; elsewhere they are called without its overhead.
-_shuffle_op = torch.library.custom_op("maskevolve::shuffle", _shuffle, mutates_args=())
-_take_op = torch.library.custom_op("maskevolve::take", _take, mutates_args=())
+_shuffle_op = torch.library.custom_op(
+    "maskevolve::shuffle", _shuffle, mutates_args=(),
+    schema="(Tensor start, Tensor? start_key, Tensor? end, Tensor? end_key, Tensor? alpha, Tensor tie_key, "
+    "int num_patches, int keep) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+_take_op = torch.library.custom_op(
+    "maskevolve::take", _take, mutates_args=(), schema="(Tensor x, Tensor ids) -> Tensor"
+)
 
 
 @_shuffle_op.register_fake
