@@ -147,6 +147,11 @@ class _Reader(TorchFunctionMode):
         return result
 
     def _add(self, attention: Tensor) -> None:
+        if attention.ndim != 4:
+            raise ValueError(
+                f"attention has shape {list(attention.shape)}, but must be [B, heads, tokens, tokens]: unflatten the "
+                "heads before the softmax"
+            )
         attention = attention.float().mean(1)
         if self.total is not None and self.total.shape != attention.shape:
             raise ValueError(
@@ -182,6 +187,8 @@ def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     inside = set(getattr(encoder, "blocks", encoder).modules())
     named = [(name, module) for name, module in model.named_modules() if module in inside]
     found = [(name, module) for name, module in named if any(hasattr(module, heads) for heads in HEADS)]
+    # A decoder sees mask tokens, not images.
+    found = [(name, module) for name, module in found if "decoder" not in name] or found
     # Where a block or the whole model has such a name too, the attention is what lies innermost.
     known = {module for _, module in found}
     found = [(name, module) for name, module in found if len(known.intersection(module.modules())) == 1]
@@ -241,7 +248,8 @@ def _not_found(model: nn.Module, what: str) -> str:
     looked_at = [f"{name} ({type(module).__name__})" for name, module in model.named_modules() if name]
     shown = ", ".join(looked_at[:40]) + (f" and {len(looked_at) - 40} more" if len(looked_at) > 40 else "")
     return (
-        f"{type(model).__name__} {what}. Pass a ViT with such modules, whose attention is a softmax or torch's "
-        "scaled_dot_product_attention, or compute an affinity [B, N, N] yourself and give it to a partitioner. "
+        f"{type(model).__name__} {what}. Attention is read where a module has its number of heads as `num_heads` and "
+        "takes a softmax or torch's scaled_dot_product_attention: set self.num_heads in yours, name the layers that do "
+        "with layers=[...], or compute an affinity [B, N, N] yourself and give it to a partitioner. "
         f"Modules looked at: {shown or 'none'}."
     )

@@ -311,14 +311,18 @@ class EvolvingMask(Masking):
             return self.start.draw(batch_size, grid_size, None, **source)
         if parts is None and self.start.needs_parts:
             return self.end.draw(batch_size, grid_size, None, **source)
-        start, end = (mask.draw(batch_size, grid_size, parts, **source) for mask in (self.start, self.end))
-        # A blend is made of masks that are none.
-        start, end = (F.compute_scores(side) if isinstance(side, F.Blend) else side for side in (start, end))
-        return F.Blend(start, end, self.alpha.to(source["device"], torch.float32))
+        start = self.start.draw(batch_size, grid_size, parts, **source)
+        end = self.end.draw(batch_size, grid_size, parts, **source)
+        return F.Blend(_no_blend(start), _no_blend(end), self.alpha.to(source["device"], torch.float32))
 
     def extra_repr(self) -> str:
         grid = super().extra_repr()
         return f"total_epochs={self.total_epochs}, power={self.power}" + (f", {grid}" if grid else "")
+
+
+def _no_blend(scores: Scores) -> Tensor | F.GroupDraws:
+    """For a blend is made of what is none."""
+    return F.compute_scores(scores) if isinstance(scores, F.Blend) else scores
 
 
 def _read_alpha(masking: nn.Module, incompatible_keys: Any) -> None:

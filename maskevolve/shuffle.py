@@ -81,7 +81,9 @@ def shuffle(scores: Scores, tie_key: Tensor, num_patches: int, keep: int) -> tup
 
         return kernels.shuffle(*_operands(scores), tie_key, num_patches, keep)
     patch = torch.arange(num_patches, device=tie_key.device)
-    index_bits = max(num_patches - 1, 1).bit_length()
+    index_bits = 1
+    while 1 << index_bits < num_patches:  # torch.compile of torch 2.4 knows no int.bit_length
+        index_bits += 1
     # One integer a patch: the bits of floats in [0, 1], which order as the floats do, then random bits, then the patch
     # itself. So the sorted integers are all that is needed.
     bits = compute_scores(scores).clamp(0, 1).view(torch.int32).long()
@@ -92,7 +94,7 @@ def shuffle(scores: Scores, tie_key: Tensor, num_patches: int, keep: int) -> tup
 
 
 def _fused(tensor: Tensor) -> bool:
-    return HAS_TRITON and tensor.is_cuda
+    return HAS_TRITON and tensor.device.type == "cuda"
 
 
 def _sort(keys: Tensor) -> Tensor:

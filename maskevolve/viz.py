@@ -75,7 +75,9 @@ def evolution_figure(
     titles: Sequence[str],
     grid_size: GridSize | None = None,
 ) -> Figure:
-    """The same images at several points of training, a column each: parts above, what the mask leaves below.
+    """The same images at several points of training, each a column: parts above, what the mask leaves below.
+
+    The first column shows the images themselves.
 
     Args:
         images: [B, 3, height, width], floats in [0, 1] or uint8.
@@ -103,7 +105,7 @@ def evolution_figure(
 
     rows_per_image = 1 + any(part is not None for part in parts)
     rows, columns = rows_per_image * len(images), 1 + len(masks)
-    figure = Figure(figsize=(1.6 * columns, 1.62 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(1.6 * columns, 1.6 * rows * images.shape[2] / images.shape[3] + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
@@ -121,7 +123,9 @@ def evolution_figure(
 
 def _picture(image: Tensor) -> Picture:
     if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"image has shape {list(image.shape)}, but must be [3, height, width] with floats in [0, 1]")
+        raise ValueError(
+            f"image has shape {list(image.shape)}, but must be [3, height, width], floats in [0, 1] or uint8"
+        )
     image = image / 255 if image.dtype == torch.uint8 else image
     picture: Picture = image.detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy().copy()
     return picture

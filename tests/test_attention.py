@@ -7,7 +7,7 @@ from torch import nn
 from vits import MAE, VARIANTS, make_vit
 
 from maskevolve import GraphCutPartitioner, PartTeacher
-from maskevolve.attention import attention_affinity, patch_grid
+from maskevolve.attention import attention_affinity, attention_modules, patch_grid
 
 
 def softmax_maps(vit, run):
@@ -182,3 +182,36 @@ def test_dropped_patches_are_an_error():
     vit = make_vit(patch_drop_rate=0.5).train()
     with pytest.raises(ValueError, match=r"fewer than the 14 x 14.*patch_drop"):
         attention_affinity(vit, torch.randn(1, 3, 224, 224))
+
+
+def test_a_decoder_is_not_read():
+    class WithDecoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch_embed = MAE(width=48).patch_embed
+            self.encoder, self.decoder = (nn.ModuleList([HandWritten(48, 3) for _ in range(2)]) for _ in range(2))
+
+        def forward(self, images):
+            x = self.patch_embed(images)
+            for block in [*self.encoder, *self.decoder]:
+                x = block(x)
+            return x
+
+    model, images = WithDecoder(), torch.randn(2, 3, 64, 64)
+    before = attention_affinity(model, images)
+    for parameter in model.decoder.parameters():
+        nn.init.normal_(parameter)
+    assert torch.equal(attention_affinity(model, images), before)
+    assert [name for name, _ in attention_modules(model)] == ["encoder.0", "encoder.1"]
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 64), (64, 64)])
+def test_attention_without_heads_is_an_error_that_says_so(shape):
+    class Folded(nn.Module):
+        num_heads = 3
+
+        def forward(self, images):
+            return torch.rand(shape).softmax(-1)
+
+    with pytest.raises(ValueError, match=r"\[B, heads, tokens, tokens\]"):
+        attention_affinity(nn.Sequential(Folded()), torch.randn(2, 3, 64, 64))

@@ -344,6 +344,20 @@ class TestWrongUse:
         evolution.remove()
         apply_to_mae(model, GridMask())
 
+    def test_two_lengths_of_training(self):
+        model = MAE()
+        with pytest.raises(ValueError, match=r"total_epochs=400, its teacher 10"):
+            apply_to_mae(model, EvolvingMask(400), make_teacher(model))
+        apply_to_mae(model, EvolvingMask(10), make_teacher(model))
+
+    def test_a_hidden_patch_size_is_found_at_once(self):
+        model = MAE()
+        del model.patch_embed.patch_size
+        with pytest.raises(ValueError, match=r"patch_embed\.patch_size = 16"):
+            apply_to_mae(model, RandomMask())
+        model.patch_embed.patch_size = 8
+        apply_to_mae(model, RandomMask())
+
     @pytest.mark.parametrize("masking", [PartMask(), EvolvingMask(10)])
     def test_no_teacher(self, masking):
         model = MAE()

@@ -42,7 +42,7 @@ def test_every_mask_trains_and_draws(tmp_path, mask):
     assert len(state["snapshots"]) == 5
 
 
-@pytest.mark.parametrize("stop_at", [0, 2, 4, 7, 11])
+@pytest.mark.parametrize("stop_at", [0, 4, 11])
 def test_a_stopped_run_ends_like_one_that_was_not(tmp_path, monkeypatch, stop_at):
     whole = run(tmp_path / "whole", "--epochs", 3)
     update, updates = PartTeacher.update, []

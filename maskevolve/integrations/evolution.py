@@ -36,7 +36,8 @@ class Evolution:
     Raises:
         TypeError: where the masking or the teacher is none.
         ValueError: where the model has evolving masks already, where the masking needs parts and there is no teacher,
-            or where the teacher was built for another architecture.
+            where the teacher was built for another architecture or length of training, or where the model hides the
+            size of its patches.
     """
 
     def __init__(
@@ -56,6 +57,10 @@ class Evolution:
             )
         if teacher is not None:
             _check_teacher(teacher, self.student)
+        epochs, teachers = (getattr(each, "total_epochs", None) for each in (masking, teacher))
+        if None not in (epochs, teachers) and epochs != teachers:
+            raise ValueError(f"the masking has total_epochs={epochs}, its teacher {teachers}: give both the same")
+        patch_grid(model, torch.empty(1, 3, 224, 224, device="meta"))  # refuses here what it would in the first step
         self._images: Tensor | None = None
         self._has_epoch = teacher is None and not hasattr(masking, "set_epoch")
         self._undo = ExitStack()

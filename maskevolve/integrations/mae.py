@@ -34,7 +34,10 @@ def apply_to_mae(model: nn.Module, masking: Masking, teacher: PartTeacher | None
     model = unwrap(model)
     for name in ("random_masking", "patch_embed"):
         if not hasattr(model, name):
-            raise TypeError(f"{type(model).__name__} has no `{name}`, as an MAE has: pass the MAE itself")
+            raise TypeError(
+                f"{type(model).__name__} has no `{name}`, as the official MAE has: set it, or use apply_to_timm, "
+                "apply_to_vit_mae or apply_to_lightly for a model of these"
+            )
     evolution = Evolution(model, masking, teacher)
 
     def random_masking(x: Tensor, mask_ratio: float) -> MaskedPatches:
