@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, help="folder of images; photographs from scikit-image and scikit-learn if not given")
     add("--mask", choices=MASKS, default="evolving")
     add("--mask-ratio", type=float, default=0.75, help="share of the patches to remove (default: 0.75)")
-    add("--epochs", type=int, default=36, help="default: 36")
+    add("--epochs", type=int, default=30, help="default: 30")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
     add("--out", type=Path, default=Path("runs/pretrain"), help="where to write (default: runs/pretrain)")
