@@ -11,13 +11,11 @@ from torch import Tensor, nn
 
 from .functional import GridSize, resolve_grid
 from .mincut import OFFSETS, SOLVERS, grid_min_cut
+from .twomeans import LIMIT, SCALE, whole_images, wide_dtype
 
 __all__ = ["EMPartitioner", "GraphCutPartitioner", "PartHierarchy"]
 
-LLOYD_STEPS = 3
 EXTRA_LEVELS = 2  # of splits beyond those of a balanced tree, for parts of unequal size
-CAPACITY_SCALE = 1 << 16  # what a typical difference of distances, or a mean edge, is worth as an integer capacity
-CAPACITY_LIMIT = 1 << 30
 
 
 class PartHierarchy(NamedTuple):
@@ -49,7 +47,7 @@ class PartHierarchy(NamedTuple):
         _check_num_parts(num_parts)
         depth = self.order.shape[1].bit_length() - 1
         # The splits that are made lie on the way from the root: their number is the depth of a patch's part.
-        ancestors = torch.stack([self.leaves >> (depth - level) for level in range(depth)], -1)
+        ancestors = self.leaves[..., None] >> torch.arange(depth, 0, -1, device=self.leaves.device)
         splits = min(num_parts - 1, self.order.shape[1])
         made = self.order.gather(1, ancestors.flatten(1)).view_as(ancestors) < splits
         return _renumber(self.leaves >> (depth - made.sum(-1)), 2 * self.order.shape[1])
@@ -164,26 +162,15 @@ class GraphCutPartitioner(_Partitioner):
             affinity = self._clean(affinity)
             affinity = (affinity + affinity.mT) / 2
             height, width = resolve_grid(affinity.shape[1], grid_size)
-            gram = _gram(affinity)
             neighbours, inside = _neighbours(height, width, affinity.device)
             edges = _edges(affinity, neighbours, inside, self.smoothness)
-            nodes = torch.ones(affinity.shape[:2], dtype=torch.long, device=affinity.device)
-            inner = gram.sum(2).to(_wide(affinity.device))
-            gains = []
-            for level in range(_depth(num_parts, height * width)):
-                parts = _Parts(gram, nodes - (1 << level), 1 << level, inner)
-                first_nearer = parts.two_means()
-                # A cut pays `source` for a node on the sink's side, which is that of the second mean.
-                sides = grid_min_cut(
-                    _capacity(first_nearer).view(-1, height, width),
-                    _capacity(-first_nearer).view(-1, height, width),
-                    (edges * (parts.labels[:, neighbours] == parts.labels[:, None])).unflatten(2, (height, width)),
-                    solver=self.solver,
-                ).flatten(1)
-                gain, inner = parts.split(sides)
-                gains.append(gain)
-                nodes = 2 * nodes + sides
-            return PartHierarchy(nodes, _split_order(gains, num_parts - 1))
+            parts, gains = whole_images(_gram(affinity)), []
+            for _ in range(_depth(num_parts, height * width)):
+                source, sink = parts.terminals()
+                uncut = edges * (parts.labels[:, neighbours] == parts.labels[:, None])
+                grids = (tensor.unflatten(-1, (height, width)) for tensor in (source, sink, uncut))
+                gains.append(parts.split(grid_min_cut(*grids, solver=self.solver).flatten(1)))
+            return PartHierarchy(parts.labels + (1 << len(gains)), _split_order(gains, num_parts - 1))
 
     def extra_repr(self) -> str:
         return f"num_parts={self.num_parts}, smoothness={self.smoothness}, solver={self.solver!r}"
@@ -243,98 +230,6 @@ class EMPartitioner(_Partitioner):
         return f"num_parts={self.num_parts}, steps={self.steps}, kappa={self.kappa}"
 
 
-class _Parts:
-    """The parts of one level of all images. Sums over a part are sums of integers: exact, so their order is free.
-
-    Args:
-        gram: [B, N, N] inner products of patches of the same part, 0 elsewhere.
-        labels: [B, N] part of each patch.
-        num_parts: of an image, empty ones too.
-        inner_all: [B, N] inner product of each patch with the sum of its part.
-    """
-
-    def __init__(self, gram: Tensor, labels: Tensor, num_parts: int, inner_all: Tensor) -> None:
-        self.gram, self.labels, self.num_parts, self.inner_all = gram, labels, num_parts, inner_all
-        self.norms = gram.diagonal(dim1=1, dim2=2).to(inner_all)
-        self.count, self.square = self.total(torch.ones_like(inner_all), inner_all).unbind(1)
-        self.size = self.count.clamp(min=1)
-
-    def total(self, *values: Tensor) -> Tensor:
-        """Sums over each part of k times [B, N], [B, k, num_parts]."""
-        stacked = torch.stack(values, 1)
-        sums = stacked.new_zeros(len(stacked), len(values), self.num_parts)
-        return sums.scatter_add_(2, self.labels[:, None].expand_as(stacked), stacked)
-
-    def spread(self, values: Tensor) -> Tensor:
-        """A value a part to a value a patch: [..., num_parts] to [..., N]."""
-        labels = self.labels if values.ndim == 2 else self.labels[:, None].expand(-1, values.shape[1], -1)
-        return values.gather(-1, labels)
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean over the part of each patch: [B, N] to [B, N]."""
-        return self.spread(self.total(values)[:, 0] / self.size)
-
-    def halves(self, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the two sides of each part, where `second` [B, N] is 1 on the second side and 0 on the first:
-
-        inner product of each patch with the sum of the side, [B, 2, N]; number of patches, and squared length of their
-        sum, [B, 2, num_parts].
-        """
-        # The matrix is symmetric; from this side a CPU is faster.
-        inner = (second.to(self.gram)[:, None] @ self.gram)[:, 0].to(second)
-        count, square = self.total(second, second * inner).unbind(1)
-        inner = torch.stack([self.inner_all - inner, inner], 1)
-        cross = self.total((1 - second) * inner[:, 0])[:, 0]
-        return inner, torch.stack([self.count - count, count], 1), torch.stack([cross, square], 1)
-
-    def farthest(self, distance: Tensor) -> Tensor:
-        """Squared distance of each patch to the first patch that is farthest within its part, [B, N]."""
-        most = torch.full_like(self.count, -torch.inf).scatter_reduce(1, self.labels, distance, "amax")
-        index = torch.arange(distance.shape[1], device=distance.device).expand_as(self.labels)
-        index = torch.where(distance == self.spread(most), index, distance.shape[1] - 1)
-        last = torch.full_like(most, distance.shape[1] - 1, dtype=torch.long)
-        seed = self.spread(last.scatter_reduce(1, self.labels, index, "amin"))
-        inner = self.gram.gather(2, seed[..., None])[..., 0]
-        return self.norms - 2 * inner + self.norms.gather(1, seed)
-
-    def two_means(self) -> Tensor:
-        """How much nearer each patch is to the first of two means of its part than to the second, [B, N].
-
-        Two means by Lloyd steps from two far seeds, but the sides meet at the part's mean difference of squared
-        distances, not at 0, so that a few outliers cannot be one side for good. The result has mean 0 and root mean
-        square 1 in every part: however even the attention is, it does not vanish beside the edges.
-        """
-        # Squared distances to the part's mean, less what is the same for all its patches.
-        from_mean = self.norms - 2 * self.inner_all / self.spread(self.size)
-        from_seed = self.farthest(from_mean)
-        nearer = self.farthest(from_seed) - from_seed
-        for _ in range(LLOYD_STEPS):
-            inner, count, square = self.halves((nearer < self.mean(nearer)).to(self.norms))
-            count = count.clamp(min=1)
-            # Squared distances to both means, but for the squared length of the patch itself.
-            distance = self.spread(square / count**2) - 2 * inner / self.spread(count)
-            nearer = distance[:, 1] - distance[:, 0]
-        nearer = nearer - self.mean(nearer)
-        return nearer / _or_one(self.mean(nearer.square()).sqrt())
-
-    def split(self, sides: Tensor) -> tuple[Tensor, Tensor]:
-        """Split every part in two, and the gram matrix with it, in place.
-
-        Args:
-            sides: [B, N] bool.
-
-        Returns:
-            The gain of each split, [B, num_parts]: how much it lowers the squared distances to the means, over the
-            square root of the part's size, lest a large background is split first; -1 where nothing is split. And
-            `inner_all` of the next level.
-        """
-        inner, count, square = self.halves(sides.to(self.norms))
-        gain = ((square / count.clamp(min=1)).sum(1) - self.square / self.size).clamp(min=0) / self.size.sqrt()
-        membership = torch.stack([sides, ~sides], 2).to(self.gram)
-        self.gram *= membership @ membership.mT
-        return torch.where((count > 0).all(1), gain, -1), torch.where(sides, inner[:, 1], inner[:, 0])
-
-
 def _depth(num_parts: int, num_patches: int) -> int:
     """Levels of splits: those of a balanced tree and some more, unless parts would come down to single patches."""
     least = max(min(num_parts, num_patches) - 1, 0).bit_length()
@@ -354,17 +249,29 @@ def _split_order(gains: list[Tensor], splits: int) -> Tensor:
 
 
 def _gram(affinity: Tensor) -> Tensor:
-    """Inner products of the patches' features, [B, N, N] float32 with integer values.
+    """Inner products of the patches' features, [B, N, N] integers: see `whole_images`. May overwrite the affinity.
 
-    The integers are so small that a float32 sum over a row is exact: whatever its order, on whatever device.
+    The features are integers too, no longer than 2 ** 12: float32 holds their products, on whatever device.
     """
-    features = affinity.sqrt().to(_wide(affinity.device))
+    exact = _exact_dtype()
+    features = affinity.to(wide_dtype(affinity.device)).sqrt_()
     features /= _or_one(features.norm(dim=2, keepdim=True))
     features -= features.mean(1, keepdim=True)
-    gram = features @ features.mT
+    longest = features.norm(dim=2).amax(1)[:, None, None]
+    features *= torch.where(longest > 1e-6, 4000 / longest, 0)  # below: rounding, not structure
+    integers = features.round_().to(exact)
+    gram = (integers @ integers.mT).float()
     largest = gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
-    scale = torch.where(largest > 1e-12, (1 << 24) / gram.shape[1] / largest, 0)  # below: rounding, not structure
-    return gram.mul_(scale).round_().float()
+    return gram.mul_(((1 << 24) / gram.shape[1] - 1) / _or_one(largest)).round_().to(exact)
+
+
+def _exact_dtype() -> torch.dtype:
+    """The float type whose matrix products do not round integers: TF32 and bfloat16 would, where they are let."""
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by a later interface
+        exact = False
+    return torch.float32 if exact else torch.float64
 
 
 @lru_cache(maxsize=16)
@@ -382,21 +289,13 @@ def _neighbours(height: int, width: int, device: torch.device) -> tuple[Tensor, 
 def _edges(affinity: Tensor, neighbours: Tensor, inside: Tensor, smoothness: float) -> Tensor:
     """[B, 8, N] int32: capacities between 8-neighbours, `smoothness` for an edge of mean affinity."""
     patch = torch.arange(affinity.shape[1], device=affinity.device)
-    weights = affinity[:, patch, neighbours].to(_wide(affinity.device)) * inside
+    weights = affinity[:, patch, neighbours].to(wide_dtype(affinity.device)) * inside
     mean = weights.sum((1, 2), keepdim=True) / inside.sum().clamp(min=1)
-    return _capacity(smoothness * weights / _or_one(mean))
-
-
-def _capacity(values: Tensor) -> Tensor:
-    return (values * CAPACITY_SCALE).round().clamp(0, CAPACITY_LIMIT).int()
+    return (weights * (smoothness * SCALE) / _or_one(mean)).round().clamp(0, LIMIT).int()
 
 
 def _or_one(divisor: Tensor) -> Tensor:
     return torch.where(divisor > 0, divisor, 1)
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _renumber(labels: Tensor, limit: int) -> Tensor:

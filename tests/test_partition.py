@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from planted import planted_attention as planted
 from sklearn.metrics import adjusted_rand_score
 
-from maskevolve import EMPartitioner, GraphCutPartitioner, PartMask
+from maskevolve import EMPartitioner, GraphCutPartitioner, PartMask, partition
 
 partitioners = pytest.mark.parametrize("partitioner", [GraphCutPartitioner(), EMPartitioner()], ids=["cut", "em"])
 
@@ -153,6 +153,28 @@ def test_autocast_does_not_change_parts():
     parts = GraphCutPartitioner()(attention)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(GraphCutPartitioner()(attention), parts)
+
+
+@pytest.mark.parametrize(
+    "set_precision",
+    [
+        lambda: torch.set_float32_matmul_precision("medium"),
+        lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    ],
+    ids=["old", "new"],
+)
+def test_products_of_low_precision_do_not_change_parts(set_precision):
+    """Where a program lets float32 be rounded in matrix products, ours are taken in float64."""
+    _, attention = planted(4, 12, 12, 6)
+    parts = GraphCutPartitioner(20)(attention)
+    try:
+        set_precision()
+        assert partition._exact_dtype() == torch.float64
+        assert torch.equal(GraphCutPartitioner(20)(attention), parts)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+    assert partition._exact_dtype() == torch.float32
 
 
 def test_em_draws_from_torchs_generator():

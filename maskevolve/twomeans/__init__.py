@@ -1,0 +1,71 @@
+"""A tree of parts, split in two a level at a time: what draws each patch to either side, and what a split gains.
+
+All sums are of integers, so their order does not matter: every device and every batch gives the same bits.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Protocol
+
+# Not `import torch`: in this package that name is the file beside this one.
+from torch import Tensor, device, dtype, float32, float64
+
+__all__ = ["Parts", "whole_images", "wide_dtype"]
+
+LLOYD_STEPS = 3
+RESOLUTION = 1 << 20  # of terminals before they are scaled: their squares still add up without rounding
+SCALE = 1 << 16  # the root mean square of the terminals of a part; a mean edge
+LIMIT = 1 << 30
+
+
+class Parts(Protocol):
+    """The parts of one level of the tree, of a batch of images."""
+
+    labels: Tensor
+    """[B, N] int64: the part of each patch, 0 to 2 ** level - 1."""
+
+    def terminals(self) -> tuple[Tensor, Tensor]:
+        """How much more each patch belongs to one of two means of its part than to the other: capacities for a cut.
+
+        The means come from two far seeds by Lloyd steps, but the sides meet at the middle of the part, not half way
+        between the means, so that a few outliers cannot be one side for good.
+
+        Returns:
+            source, sink, each [B, N] int32: how far a patch lies from the part's mean along the line through both
+            means, `source` where towards the first and `sink` where towards the second; the root mean square is 2 ** 16
+            in every part. However even the attention is, it does not vanish beside the edges.
+        """
+
+    def split(self, sides: Tensor) -> Tensor:
+        """Go one level down: split every part in two.
+
+        Args:
+            sides: [B, N] bool, True for the second half.
+
+        Returns:
+            [B, 2 ** level] float64, the gain of each split: how much it lowers the squared distances to the means,
+            squared, over the part's size, lest a large background is split first; -1 where nothing is split.
+        """
+
+
+def whole_images(gram: Tensor) -> Parts:
+    """The root of the tree: every image is one part. By one kernel a step on a GPU with Triton, else in plain torch.
+
+    Args:
+        gram: [B, N, N] integers as float32 or, for matrix products that would round those, float64: inner products of
+            features. Symmetric; the sum of a row of magnitudes is at most 2 ** 24. May be overwritten.
+    """
+    if gram.is_cuda and find_spec("triton"):
+        from .triton import MOST_PATCHES, TritonParts
+
+        if gram.shape[1] <= MOST_PATCHES:
+            return TritonParts(gram)
+    from .torch import TorchParts
+
+    return TorchParts(gram)
+
+
+def wide_dtype(on: device) -> dtype:
+    """The widest float type of a device."""
+    return float32 if on.type == "mps" else float64

@@ -1,0 +1,181 @@
+"""The tree of parts on a GPU: one launch for the terminals of a level, one for its split. No host sync.
+
+A program cuts a part.
+
+To the bit what `torch.py` does. The patches of a part are listed in a row, so that a program reads only those rows and
+columns of the gram matrix that are its part's: a level costs no more than the one above, and nothing is masked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import LIMIT, LLOYD_STEPS, RESOLUTION, SCALE
+
+MOST_PATCHES = 4096  # of an image
+LOADS = 32  # that a thread has under way at a time
+MIDDLE = tl.constexpr(6755399441055744.0)  # 1.5 * 2 ** 52: around it, float64s are integers
+SETTINGS = {"LLOYD_STEPS": LLOYD_STEPS, "RESOLUTION": RESOLUTION, "SCALE": SCALE, "LIMIT": LIMIT}
+
+
+class TritonParts:
+    """See `Parts`.
+
+    Memory beside the gram matrix: 36 bytes a patch, and 12 a part.
+    """
+
+    def __init__(self, gram: Tensor) -> None:
+        batch_size, patches, _ = gram.shape
+        self.gram, self.level = gram.float().contiguous(), 0
+        self.inner = self.gram.sum(2)  # product of each patch with the sum of its part
+        self.labels = torch.zeros(batch_size, patches, dtype=torch.long, device=gram.device)
+        # The patches of part p of an image are order[starts[p]:starts[p + 1]], in rising order.
+        self.order = torch.arange(patches, dtype=torch.int32, device=gram.device).repeat(batch_size, 1)
+        ends = torch.arange(0, patches + 1, patches, dtype=torch.int32, device=gram.device)
+        self.starts = ends.repeat(batch_size, 1)
+        self.second = torch.empty_like(self.inner)  # where programs note what is in the second half
+
+    def terminals(self) -> tuple[Tensor, Tensor]:
+        """See `Parts.terminals`."""
+        source, sink = torch.empty_like(self.order), torch.empty_like(self.order)
+        self._run(_terminals_kernel, source, sink, **SETTINGS)
+        return source, sink
+
+    def split(self, sides: Tensor) -> Tensor:
+        """See `Parts.split`."""
+        parts = 1 << self.level
+        gain = torch.empty(len(sides), parts, dtype=torch.float64, device=sides.device)
+        order, starts = torch.empty_like(self.order), self.starts.new_empty(len(sides), 2 * parts + 1)
+        self._run(_split_kernel, sides.contiguous(), gain, self.labels, order, starts)
+        self.order, self.starts, self.level = order, starts, self.level + 1
+        return gain
+
+    def _run(self, kernel: Any, *tensors: Tensor, **settings: int) -> None:
+        batch_size, patches = self.order.shape
+        block = max(triton.next_power_of_2(patches), 32)
+        # Parts get smaller: more programs at a time, of fewer threads, where a thread can hold what falls to it.
+        warps = max(1, block // 256, min(block // 64, 16) >> self.level)
+        kernel[(1 << self.level, batch_size)](
+            self.gram, self.order, self.starts, self.inner, self.second, *tensors, patches, **settings,
+            ROWS=max(1, 32 * warps * LOADS // block), BLOCK=block, num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+@triton.jit
+def _part(order, starts, patches, BLOCK: tl.constexpr):
+    """Of this program's part: its place in the list, its size, its patches, and which of them are there."""
+    image, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    starts += image * (tl.num_programs(0) + 1) + part
+    start = tl.load(starts)
+    size = tl.load(starts + 1) - start
+    lane = tl.arange(0, BLOCK)
+    inside = lane < size
+    order += image * patches + start
+    return order, size, tl.load(order + lane, mask=inside, other=0), inside
+
+
+@triton.jit
+def _column_of_largest(gram, order, values, patch, inside, patches, BLOCK: tl.constexpr):
+    """Inner product of each patch with the one that has the largest value, the first of these."""
+    lane = tl.arange(0, BLOCK)
+    largest = tl.max(tl.where(inside, values, -(1 << 62)))
+    seed = tl.load(order + tl.min(tl.where(inside & (values == largest), lane, BLOCK - 1)))
+    return tl.load(gram + seed.to(tl.int64) * patches + patch, mask=inside, other=0).to(tl.int64)
+
+
+@triton.jit
+def _product(gram, order, second, flags, size, patch, inside, patches, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Inner product of each patch with the sum of those that are flagged."""
+    tl.debug_barrier()  # all have read the notes before
+    tl.store(second + patch, flags.to(tl.float32), mask=inside)
+    tl.debug_barrier()
+    product = tl.zeros([BLOCK], tl.float32)  # of integers below 2 ** 24: exact
+    for first in range(0, size, ROWS):
+        row = first + tl.arange(0, ROWS)
+        other = tl.load(order + row, mask=row < size, other=0)
+        flagged = tl.load(second + other, mask=row < size, other=0) > 0
+        place = other.to(tl.int64)[:, None] * patches + patch[None, :]
+        product += tl.sum(tl.load(gram + place, mask=flagged[:, None] & inside[None, :], other=0), 0)
+    return product.to(tl.int64)
+
+
+@triton.jit
+def _terminals_kernel(
+    gram, order, starts, inner, second, source, sink, patches,
+    LLOYD_STEPS: tl.constexpr, RESOLUTION: tl.constexpr, SCALE: tl.constexpr, LIMIT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    order, size, patch, inside = _part(order, starts, patches, BLOCK)
+    if size == 0:
+        return
+    image = tl.program_id(1).to(tl.int64)
+    gram += image * patches * patches
+    second += image * patches
+    at = image * patches + patch
+    total = tl.load(inner + at, mask=inside, other=0).to(tl.int64)
+    norm = tl.load(gram + patch.to(tl.int64) * (patches + 1), mask=inside, other=0).to(tl.int64)
+    # Squared distances, but for what all patches share: to the mean, then to the first seed.
+    first = _column_of_largest(gram, order, size * norm - 2 * total, patch, inside, patches, BLOCK)
+    along = first - _column_of_largest(gram, order, norm - 2 * first, patch, inside, patches, BLOCK)
+    for _ in range(LLOYD_STEPS):
+        flags = inside & (size * along < tl.sum(along))
+        product = _product(gram, order, second, flags, size, patch, inside, patches, ROWS, BLOCK)
+        # Where patches lie on the line from the second mean to the first, in a unit that is the part's own.
+        along = tl.sum(flags.to(tl.int64)) * total - size * product
+    along = tl.where(inside, size * along - tl.sum(along), 0)
+    largest = tl.maximum(tl.max(tl.abs(along)), 1)
+    unit = _rounded(along.to(tl.float64) * RESOLUTION / largest.to(tl.float64))
+    square = tl.sum(unit.to(tl.int64) * unit.to(tl.int64)) // size
+    root = tl.maximum(_rounded(tl.sqrt(square.to(tl.float64))), 1)
+    scaled = tl.minimum(tl.maximum(_rounded(unit * SCALE / root), -LIMIT), LIMIT)
+    tl.store(source + at, tl.maximum(scaled, 0).to(tl.int32), mask=inside)
+    tl.store(sink + at, tl.maximum(-scaled, 0).to(tl.int32), mask=inside)
+
+
+@triton.jit
+def _split_kernel(
+    gram, order, starts, inner, second, sides, gain, labels, order_after, starts_after, patches,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    image, part, parts = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
+    start = tl.load(starts + image * (parts + 1) + part)
+    order, size, patch, inside = _part(order, starts, patches, BLOCK)
+    gram += image * patches * patches
+    at = image * patches + patch
+    flags = inside & (tl.load(sides + at, mask=inside, other=0) != 0)
+    total = tl.load(inner + at, mask=inside, other=0).to(tl.int64)
+    product = _product(gram, order, second + image * patches, flags, size, patch, inside, patches, ROWS, BLOCK)
+    product = tl.where(flags, product, total - product)
+
+    count = tl.sum(flags.to(tl.int32))
+    square, square_second = tl.sum(total), tl.sum(tl.where(flags, product, 0))
+    explained = _over(tl.sum(product) - square_second, size - count) + _over(square_second, count)
+    drop = tl.maximum(explained - _over(square, size), 0)
+    tl.store(gain + image * parts + part, tl.where((count > 0) & (count < size), _over(drop * drop, size), -1))
+
+    tl.store(inner + at, product.to(tl.float32), mask=inside)
+    tl.store(labels + at, (2 * part + flags.to(tl.int32)).to(tl.int64), mask=inside)
+    # A stable partition of the list: the first half, then the second.
+    before = tl.cumsum(flags.to(tl.int32), 0)
+    place = tl.where(flags, size - count + before - 1, tl.arange(0, BLOCK) - before)
+    tl.store(order_after + image * patches + start + place, patch, mask=inside)
+    starts_after += image * (2 * parts + 1) + 2 * part
+    tl.store(starts_after, start)
+    tl.store(starts_after + 1, start + size - count)
+    tl.store(starts_after + 2, start + size, mask=part == parts - 1)
+
+
+@triton.jit
+def _rounded(value):
+    """To the nearest integer, half to even: float64s below 2 ** 51."""
+    return (value + MIDDLE) - MIDDLE
+
+
+@triton.jit
+def _over(total, count):
+    return total.to(tl.float64) / tl.maximum(count, 1).to(tl.float64)
