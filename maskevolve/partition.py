@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .functional import GridSize, resolve_grid
 from .mincut import OFFSETS, SOLVERS, grid_min_cut
-from .twomeans import LIMIT, SCALE, whole_images, wide_dtype
+from .twomeans import LIMIT, SCALE, exact_dtype, whole_images, wide_dtype
 
 __all__ = ["EMPartitioner", "GraphCutPartitioner", "PartHierarchy"]
 
@@ -70,9 +70,9 @@ class _Partitioner(nn.Module):
                 f"affinity has shape {list(affinity.shape)}, but must be [B, N, N] or [B, heads, N, N], "
                 "with a row and a column for each patch"
             )
-        self._warn_of((affinity * 0 != 0).sum(), affinity.numel())
-        affinity = affinity if affinity.dtype == torch.float64 else affinity.float()
-        affinity = affinity.nan_to_num(0, 0, 0).clamp_(min=0)
+        given, affinity = affinity, affinity.nan_to_num(0, 0, 0)
+        self._warn_of((given != affinity).sum(), affinity.numel())
+        affinity = (affinity if affinity.dtype == torch.float64 else affinity.float()).clamp_(min=0)
         affinity /= _or_one(affinity.flatten(1).amax(1)).view(-1, *[1] * (affinity.ndim - 1))
         return affinity.mean(1) if affinity.ndim == 4 else affinity
 
@@ -108,7 +108,8 @@ class GraphCutPartitioner(_Partitioner):
 
     Shape:
         affinity [B, N, N] or [B, heads, N, N] to parts [B, N] int64.
-        Memory: a few [B, N, N] arrays, in 64 bits while the features are compared.
+        Memory: at most 24 bytes for each pair of patches of an image beside the affinity, 28 where float32 products
+        may be rounded (TF32); so 236 MB for 256 images of 14 x 14 patches.
 
     Example:
         >>> affinity = torch.block_diag(torch.ones(8, 8), torch.ones(8, 8))[None]  # two halves of a 4 x 4 grid
@@ -160,16 +161,17 @@ class GraphCutPartitioner(_Partitioner):
         _check_num_parts(num_parts)
         with torch.autocast(affinity.device.type, enabled=False):
             affinity = self._clean(affinity)
-            affinity = (affinity + affinity.mT) / 2
+            affinity = affinity + affinity.mT
             height, width = resolve_grid(affinity.shape[1], grid_size)
             neighbours, inside = _neighbours(height, width, affinity.device)
             edges = _edges(affinity, neighbours, inside, self.smoothness)
             parts, gains = whole_images(_gram(affinity)), []
             for _ in range(_depth(num_parts, height * width)):
                 source, sink = parts.terminals()
-                uncut = edges * (parts.labels[:, neighbours] == parts.labels[:, None])
-                grids = (tensor.unflatten(-1, (height, width)) for tensor in (source, sink, uncut))
-                gains.append(parts.split(grid_min_cut(*grids, solver=self.solver).flatten(1)))
+                grids = (tensor.unflatten(-1, (height, width)) for tensor in (source, sink, edges))
+                sides = grid_min_cut(*grids, solver=self.solver).flatten(1)
+                gains.append(parts.split(sides))
+                edges *= _at(neighbours, sides) == sides[:, None]
             return PartHierarchy(parts.labels + (1 << len(gains)), _split_order(gains, num_parts - 1))
 
     def extra_repr(self) -> str:
@@ -249,29 +251,19 @@ def _split_order(gains: list[Tensor], splits: int) -> Tensor:
 
 
 def _gram(affinity: Tensor) -> Tensor:
-    """Inner products of the patches' features, [B, N, N] integers: see `whole_images`. May overwrite the affinity.
+    """Inner products of the patches' features, [B, N, N] float32 integers: see `whole_images`.
 
     The features are integers too, no longer than 2 ** 12: float32 holds their products, on whatever device.
     """
-    exact = _exact_dtype()
-    features = affinity.to(wide_dtype(affinity.device)).sqrt_()
+    features = affinity.to(wide_dtype(affinity.device), copy=True).sqrt_()  # in place: new memory costs a CPU more
     features /= _or_one(features.norm(dim=2, keepdim=True))
     features -= features.mean(1, keepdim=True)
     longest = features.norm(dim=2).amax(1)[:, None, None]
     features *= torch.where(longest > 1e-6, 4000 / longest, 0)  # below: rounding, not structure
-    integers = features.round_().to(exact)
+    integers = features.round_().to(exact_dtype())
     gram = (integers @ integers.mT).float()
     largest = gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
-    return gram.mul_(((1 << 24) / gram.shape[1] - 1) / _or_one(largest)).round_().to(exact)
-
-
-def _exact_dtype() -> torch.dtype:
-    """The float type whose matrix products do not round integers: TF32 and bfloat16 would, where they are let."""
-    try:
-        exact = torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # set by a later interface
-        exact = False
-    return torch.float32 if exact else torch.float64
+    return gram.mul_(((1 << 24) / gram.shape[1] - 1) / _or_one(largest)).round_()
 
 
 @lru_cache(maxsize=16)
@@ -284,6 +276,11 @@ def _neighbours(height: int, width: int, device: torch.device) -> tuple[Tensor, 
         inside.append((row >= 0) & (row < height) & (column >= 0) & (column < width))
         index.append(torch.where(inside[-1], row * width + column, patch))
     return torch.stack(index), torch.stack(inside)
+
+
+def _at(neighbours: Tensor, values: Tensor) -> Tensor:
+    """The value of each patch's neighbours: [8, N] and [B, N] to [B, 8, N]."""
+    return values[:, None].expand(-1, 8, -1).gather(2, neighbours.expand(len(values), -1, -1))
 
 
 def _edges(affinity: Tensor, neighbours: Tensor, inside: Tensor, smoothness: float) -> Tensor:

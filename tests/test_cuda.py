@@ -7,11 +7,15 @@ import torch
 from planted import planted_attention
 from test_masks import MASKS, random_parts
 from test_mincut import random_grid
+from test_twomeans import random_sides
 
 from maskevolve import EvolvingMask, GraphCutPartitioner
 from maskevolve import functional as F
 from maskevolve.mincut import grid_min_cut
 from maskevolve.shuffle import random_key, shuffle
+from maskevolve.twomeans import whole_images
+from maskevolve.twomeans.torch import TorchParts
+from maskevolve.twomeans.triton import TritonParts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -60,6 +64,20 @@ def test_masks_do_not_wait_for_the_gpu_and_repeat_their_gradients(make):
         torch.use_deterministic_algorithms(False)
     assert torch.equal(x.grad, (1 - mask)[..., None].expand_as(x))
     assert (mask.sum(1) == 147).all()
+
+
+@pytest.mark.parametrize("patches", [1, 60, 196, 784, 2304])
+def test_the_tree_of_parts_has_the_bits_of_the_cpu(patches):
+    features = torch.randint(-9, 10, (4, patches, 6), generator=torch.Generator().manual_seed(0))
+    gram = (features @ features.mT).float()
+    ours, expected = whole_images(gram.cuda()), TorchParts(gram)
+    assert isinstance(ours, TritonParts)
+    for level in range(6):
+        terminals = zip(ours.terminals(), expected.terminals(), strict=True)
+        assert all(torch.equal(a.cpu(), b) for a, b in terminals)
+        sides = random_sides(patches, level, batch_size=4)
+        assert torch.equal(ours.split(sides.cuda()).cpu(), expected.split(sides))
+        assert torch.equal(ours.labels.cpu(), expected.labels)
 
 
 def test_parts_do_not_wait_for_the_gpu_and_are_those_of_the_cpu():

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from planted import planted_attention as planted
 from sklearn.metrics import adjusted_rand_score
 
-from maskevolve import EMPartitioner, GraphCutPartitioner, PartMask, partition
+from maskevolve import EMPartitioner, GraphCutPartitioner, PartMask
+from maskevolve.twomeans import exact_dtype
 
 partitioners = pytest.mark.parametrize("partitioner", [GraphCutPartitioner(), EMPartitioner()], ids=["cut", "em"])
 
@@ -169,12 +170,12 @@ def test_products_of_low_precision_do_not_change_parts(set_precision):
     parts = GraphCutPartitioner(20)(attention)
     try:
         set_precision()
-        assert partition._exact_dtype() == torch.float64
+        assert exact_dtype() == torch.float64
         assert torch.equal(GraphCutPartitioner(20)(attention), parts)
     finally:
         torch.backends.cuda.matmul.fp32_precision = "ieee"
         torch.set_float32_matmul_precision("highest")
-    assert partition._exact_dtype() == torch.float32
+    assert exact_dtype() == torch.float32
 
 
 def test_em_draws_from_torchs_generator():

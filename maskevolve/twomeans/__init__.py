@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from typing import Protocol
 
 # Not `import torch`: in this package that name is the file beside this one.
-from torch import Tensor, device, dtype, float32, float64
+from torch import Tensor, device, dtype, float32, float64, get_float32_matmul_precision
 
-__all__ = ["Parts", "whole_images", "wide_dtype"]
+__all__ = ["Parts", "exact_dtype", "whole_images", "wide_dtype"]
 
 LLOYD_STEPS = 3
 RESOLUTION = 1 << 20  # of terminals before they are scaled: their squares still add up without rounding
@@ -53,8 +53,8 @@ def whole_images(gram: Tensor) -> Parts:
     """The root of the tree: every image is one part. By one kernel a step on a GPU with Triton, else in plain torch.
 
     Args:
-        gram: [B, N, N] integers as float32 or, for matrix products that would round those, float64: inner products of
-            features. Symmetric; the sum of a row of magnitudes is at most 2 ** 24. May be overwritten.
+        gram: [B, N, N] float32, whole numbers: inner products of features. Symmetric; the magnitudes of a row sum to at
+            most 2 ** 24. May be overwritten.
     """
     if gram.is_cuda and find_spec("triton"):
         from .triton import MOST_PATCHES, TritonParts
@@ -63,9 +63,18 @@ def whole_images(gram: Tensor) -> Parts:
             return TritonParts(gram)
     from .torch import TorchParts
 
-    return TorchParts(gram)
+    return TorchParts(gram.to(exact_dtype()))
 
 
 def wide_dtype(on: device) -> dtype:
     """The widest float type of a device."""
     return float32 if on.type == "mps" else float64
+
+
+def exact_dtype() -> dtype:
+    """The float type whose matrix products do not round whole numbers: TF32 and bfloat16 would, where they are let."""
+    try:
+        exact = get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was set by a newer interface
+        exact = False
+    return float32 if exact else float64

@@ -13,6 +13,8 @@ class TorchParts:
 
     def __init__(self, gram: Tensor) -> None:
         self.gram, self.num_parts = gram, 1
+        self.sides = gram.new_empty(gram.shape[:2])  # of the last split, which the gram matrix does not know yet
+        self.same = torch.empty_like(gram)  # kept, for new memory costs a CPU more than what is done in it
         self.norms = gram.diagonal(dim1=1, dim2=2).long()
         self.inner = gram.sum(2).long()  # product of each patch with the sum of its part
         self.labels = torch.zeros_like(self.norms)
@@ -20,6 +22,8 @@ class TorchParts:
 
     def terminals(self) -> tuple[Tensor, Tensor]:
         """See `Parts.terminals`."""
+        if self.num_parts > 1:
+            self.gram *= torch.eq(self.sides[:, :, None], self.sides[:, None], out=self.same)
         size = self.spread(self.count)
         # Squared distances, but for what all patches of a part share: to its mean, then to the first seed.
         first = self.column_of_largest(size * self.norms - 2 * self.inner)
@@ -42,8 +46,7 @@ class TorchParts:
         explained = (self.square.to(wide) / self.count.clamp(min=1)).unflatten(1, halves.shape[1:]).sum(2)
         size = size.clamp(min=1)
         gain = (explained - square.to(wide) / size).clamp(min=0).square() / size
-        membership = torch.stack([sides, ~sides], 2).to(self.gram)
-        self.gram *= membership @ membership.mT
+        self.sides = sides.to(self.gram)
         return torch.where((halves > 0).all(2), gain, -1)
 
     def total(self, values: Tensor) -> Tensor:
@@ -66,7 +69,7 @@ class TorchParts:
     def product(self, second: Tensor) -> Tensor:
         """Inner product of each patch with the sum of the patches of its part where `second` is 1, [B, N]."""
         # The matrix is symmetric; from this side a CPU is faster.
-        return (second.to(self.gram)[:, None] @ self.gram)[:, 0].long()
+        return torch.bmm(second.to(self.gram)[:, None], self.gram)[:, 0].long()
 
     def column_of_largest(self, values: Tensor) -> Tensor:
         """Inner product of each patch with the patch of its part that has the largest value, the first of these."""

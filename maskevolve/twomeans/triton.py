@@ -31,7 +31,7 @@ class TritonParts:
 
     def __init__(self, gram: Tensor) -> None:
         batch_size, patches, _ = gram.shape
-        self.gram, self.level = gram.float().contiguous(), 0
+        self.gram, self.level = gram.contiguous(), 0
         self.inner = self.gram.sum(2)  # product of each patch with the sum of its part
         self.labels = torch.zeros(batch_size, patches, dtype=torch.long, device=gram.device)
         # The patches of part p of an image are order[starts[p]:starts[p + 1]], in rising order.
