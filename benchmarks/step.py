@@ -27,11 +27,6 @@ MODELS = {  # image size, patch size, width, depth, heads
     "small": (96, 8, 128, 6, 4),
     "base": (224, 16, 768, 12, 12),
 }
-TEACHERS = {  # share of the layers that is read
-    "evolving, all layers": 1.0,
-    "evolving, first half of the layers": 0.5,
-    "evolving, first layer": 0.0,
-}
 
 
 class Published(nn.Module):
@@ -51,9 +46,10 @@ class Published(nn.Module):
 
 
 class Step:
-    """One step of training: parts, masks, forward, backward, optimizer, teacher; in bf16 on a GPU."""
+    """One step of training: parts, masks, forward, backward, optimizer, teacher; in bfloat16 on a GPU."""
 
     def __init__(self, size: tuple[int, ...], masking: Masking, images: Tensor) -> None:
+        self.bfloat16 = self.teacher_in_bfloat16 = images.is_cuda
         self.model = MaskedAutoencoder(masking, *size).to(images.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, fused=True)
         self.images = images
@@ -65,8 +61,9 @@ class Step:
 
     def __call__(self) -> None:
         device = self.images.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, torch.bfloat16, enabled=self.teacher_in_bfloat16):
             parts = None if self.teacher is None else self.teacher(self.images)
+        with torch.autocast(device, torch.bfloat16, enabled=self.bfloat16):
             loss = self.model(self.images, 0.75, parts)[0]
         self.optimizer.zero_grad()
         loss.backward()
@@ -79,15 +76,21 @@ def steps(size: tuple[int, ...], images: Tensor) -> dict[str, Callable[[], None]
     def evolving() -> Step:
         return Step(size, EvolvingMask(100).set_epoch(50), images)
 
-    functions: dict[str, Callable[[], None]] = {RANDOM: Step(size, RandomMask(), images)}
-    for name, share in TEACHERS.items():
-        step = evolving()
-        layers = range(max(1, round(share * size[3])))
+    def taught(share: float, swap_precision: bool = False) -> Step:
+        step, layers = evolving(), range(max(1, round(share * size[3])))
+        step.teacher_in_bfloat16 ^= swap_precision
         teacher = PartTeacher(step.model.encoder, GraphCutPartitioner(), total_epochs=100, layers=layers)
-        functions[name] = step.teach(teacher.set_epoch(50))
-    step = evolving()
-    functions["published: all layers unfused, EM"] = step.teach(Published(step.model.encoder))
-    return functions
+        return step.teach(teacher.set_epoch(50))
+
+    published = evolving()
+    return {
+        RANDOM: Step(size, RandomMask(), images),
+        "evolving, all layers": taught(1),
+        f"evolving, all layers, teacher in {'float32' if images.is_cuda else 'bfloat16'}": taught(1, True),
+        "evolving, first half of the layers": taught(0.5),
+        "evolving, first layer": taught(0),
+        "published: all layers unfused, EM": published.teach(Published(published.model.encoder)),
+    }
 
 
 def main() -> None:
@@ -103,7 +106,7 @@ def main() -> None:
     with tqdm(total=1, desc="a step, in every way") as bar:
         rows = common.compare(steps(size, images), RANDOM, args.device)
         bar.update()
-    shown = {f"{model}, {batch_size} images": [{**row, "ours": row["name"] in TEACHERS} for row in rows]}
+    shown = {f"{model}, {batch_size} images": [{**row, "ours": "evolving" in row["name"]} for row in rows]}
     figure = common.bars(shown, f"time against {RANDOM}")
     common.save("step", args.device, rows, figure, baseline=RANDOM, model=model, batch=batch_size)
 

@@ -18,7 +18,7 @@ NOT_MEASURED = "No GPU was at hand: these figures are still to be measured on on
 
 def render(text: str) -> str:
     """The README with each table between its two markers made anew."""
-    tables = {"masks": masks, "partition": partition, "step": step}
+    tables = {"masks": masks, "partition": partition, "step": step, "teachers": teachers}
 
     def replace(found: re.Match[str]) -> str:
         return f"<!-- {found[1]} -->\n{tables[found[1]]()}\n<!-- end -->"
@@ -29,11 +29,11 @@ def render(text: str) -> str:
 def masks() -> str:
     """196 patches in float32, the largest batch: forward, and forward and backward."""
 
-    def cells(rows: list[Any]) -> dict[tuple[str, str], Any]:
+    def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
         rows = [row for row in rows if row["patches"] == 196 and row["dtype"] == "float32"]
         most = max(row["batch"] for row in rows)
         rows = [row for row in rows if row["batch"] == most]
-        return {(row["name"], f"{row['pass'].replace('_', ' ')}, {most} images"): row for row in rows}
+        return {(row["name"], f"{row['pass'].replace('_', ' ')}, {most} images"): _ratio(row) for row in rows}
 
     return by_machine("mask_throughput", cells)
 
@@ -41,20 +41,34 @@ def masks() -> str:
 def partition() -> str:
     """Ten parts, the largest batch of each grid."""
 
-    def cells(rows: list[Any]) -> dict[tuple[str, str], Any]:
+    def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
         rows = [row for row in rows if row["parts"] == 10]
         largest = {row["grid"]: row["batch"] for row in rows}  # batches rise
         rows = [row for row in rows if row["batch"] == largest[row["grid"]]]
-        return {(row["name"], f"{row['grid']}, images: {row['batch']}"): row for row in rows}
+        return {(row["name"], f"{row['grid']}, images: {row['batch']}"): _ratio(row) for row in rows}
 
     return by_machine("partition", cells)
 
 
 def step() -> str:
-    return by_machine("step", lambda rows: {(row["name"], "a step"): row for row in rows})
+    return by_machine("step", lambda rows: {(row["name"], "a step"): _ratio(row) for row in rows})
 
 
-def by_machine(name: str, cells: Callable[[list[Any]], dict[tuple[str, str], Any]]) -> str:
+def teachers() -> str:
+    """Time, and the adjusted Rand index at each stage of training."""
+
+    def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
+        found = {(row["name"], "time of a call"): _ratio(row) for row in rows}
+        for row in rows:
+            for key in (key for key in row if key.startswith("found_after")):
+                score = f"{row[key]:.2f} ± {row[key.replace('found', 'error')]:.2f}"
+                found[row["name"], f"parts found after {key.split('_')[-1]} steps"] = score
+        return found
+
+    return by_machine("teachers", cells)
+
+
+def by_machine(name: str, cells: Callable[[list[Any]], dict[tuple[str, str], str]]) -> str:
     """A table for each machine that has results, and a word on those that are missing."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
     blocks = []
@@ -63,7 +77,7 @@ def by_machine(name: str, cells: Callable[[list[Any]], dict[tuple[str, str], Any
         columns = dict.fromkeys(column for _, column in found)
         lines = [f"| {result['machine']} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
         lines += [
-            f"| {label} | " + " | ".join(_cell(found.get((label, column))) for column in columns) + " |"
+            f"| {label} | " + " | ".join(found.get((label, column), "") for column in columns) + " |"
             for label in dict.fromkeys(label for label, _ in found)
         ]
         blocks.append("\n".join(lines))
@@ -72,8 +86,8 @@ def by_machine(name: str, cells: Callable[[list[Any]], dict[tuple[str, str], Any
     return "\n\n".join(blocks)
 
 
-def _cell(row: Any) -> str:
-    return "" if row is None else f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+def _ratio(row: Any) -> str:
+    return f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
 
 
 if __name__ == "__main__":
