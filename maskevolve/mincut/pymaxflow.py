@@ -19,19 +19,18 @@ def min_cut(source: Tensor, sink: Tensor, capacity: Tensor) -> Tensor:
     batch_size, height, width = source.shape
     graph = maxflow.GraphInt(source.numel(), 4 * source.numel())  # sums are 64 bits wide: nothing overflows
     nodes = graph.add_grid_nodes((batch_size, height, width))
-    graph.add_grid_tedges(nodes, _numpy(source), _numpy(sink))
+    graph.add_grid_tedges(nodes, source.cpu().numpy(), sink.cpu().numpy())
+    capacities = capacity.cpu().numpy()
     for direction in range(0, 8, 2):
-        here, there = _edge_ends(OFFSETS[direction], height, width)
-        forward, back = _numpy(capacity[:, direction])[here], _numpy(capacity[:, direction + 1])[there]
-        used = (forward > 0) | (back > 0)
-        graph.add_edges(nodes[here][used], nodes[there][used], forward[used], back[used])
+        rows, columns = OFFSETS[direction]
+        here, there = _edge_ends((rows, columns), height, width)
+        forward, back = capacities[:, direction][here].ravel(), capacities[:, direction + 1][there].ravel()
+        used = np.flatnonzero(forward | back)
+        start = nodes[here].ravel()[used]
+        graph.add_edges(start, start + (rows * width + columns), forward[used], back[used])
     graph.maxflow()
     # PyMaxflow gives nodes that neither terminal reaches to the source, so True is "can reach the sink".
     return torch.from_numpy(graph.get_grid_segments(nodes)).to(source.device)
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.cpu().numpy().astype(np.int64)
 
 
 def _edge_ends(offset: tuple[int, int], height: int, width: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
