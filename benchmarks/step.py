@@ -9,24 +9,32 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import common
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from maskevolve import EMPartitioner, EvolvingMask, GraphCutPartitioner, PartTeacher, RandomMask
-from maskevolve.attention import attention_modules
+from maskevolve.attention import attention_affinity, attention_modules
 from maskevolve.masks import Masking
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from mae import MaskedAutoencoder
 
 RANDOM = "random masks"
-MODELS = {  # image size, patch size, width, depth, heads
-    "small": (96, 8, 128, 6, 4),
-    "base": (224, 16, 768, 12, 12),
+MODELS = {  # image size, patch size, width, depth, heads, depth of the decoder
+    "small": (96, 8, 128, 6, 4, 2),
+    "base": (224, 16, 768, 12, 12, 8),
 }
+SHARES = {  # of the layers, which the teacher reads
+    "evolving, all layers": 1.0,
+    "evolving, first half of the layers": 0.5,
+    "evolving, first layer": 0.0,
+}
+PUBLISHED = "published: all layers unfused, EM"
 
 
 class Published(nn.Module):
@@ -77,20 +85,40 @@ def steps(size: tuple[int, ...], images: Tensor) -> dict[str, Callable[[], None]
         return Step(size, EvolvingMask(100).set_epoch(50), images)
 
     def taught(share: float, swap_precision: bool = False) -> Step:
-        step, layers = evolving(), range(max(1, round(share * size[3])))
+        step = evolving()
         step.teacher_in_bfloat16 ^= swap_precision
-        teacher = PartTeacher(step.model.encoder, GraphCutPartitioner(), total_epochs=100, layers=layers)
-        return step.teach(teacher.set_epoch(50))
+        options = {"total_epochs": 100, "layers": layers(share, size)}
+        return step.teach(PartTeacher(step.model.encoder, GraphCutPartitioner(), **options).set_epoch(50))
 
     published = evolving()
     return {
         RANDOM: Step(size, RandomMask(), images),
-        "evolving, all layers": taught(1),
+        **{name: taught(share) for name, share in SHARES.items()},
         f"evolving, all layers, teacher in {'float32' if images.is_cuda else 'bfloat16'}": taught(1, True),
-        "evolving, first half of the layers": taught(0.5),
-        "evolving, first layer": taught(0),
-        "published: all layers unfused, EM": published.teach(Published(published.model.encoder)),
+        PUBLISHED: published.teach(Published(published.model.encoder)),
     }
+
+
+def layers(share: float, size: tuple[int, ...]) -> range:
+    return range(max(1, round(share * size[3])))
+
+
+def arithmetic(size: tuple[int, ...]) -> dict[str, float]:
+    """Work in the matrix products of a step against that with random masks: what no kernel saves."""
+
+    def count(function: Callable[[], Any]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            function()
+        return counter.get_total_flops()
+
+    model = MaskedAutoencoder(RandomMask(), *size).to("meta")  # without data
+    images = torch.empty(1, 3, size[0], size[0], device="meta")
+    step = count(lambda: model(images, 0.75, None)[0].backward())
+    ratios = {
+        name: 1 + count(lambda share=share: attention_affinity(model.encoder, images, layers(share, size))) / step
+        for name, share in SHARES.items()
+    }
+    return {RANDOM: 1.0, **ratios, PUBLISHED: ratios["evolving, all layers"]}
 
 
 def main() -> None:
@@ -106,6 +134,8 @@ def main() -> None:
     with tqdm(total=1, desc="a step, in every way") as bar:
         rows = common.compare(steps(size, images), RANDOM, args.device)
         bar.update()
+    products = arithmetic(MODELS["base"])
+    rows = [{**row, "products_of_vit_b_16": products.get(row["name"])} for row in rows]
     shown = {f"{model}, {batch_size} images": [{**row, "ours": "evolving" in row["name"]} for row in rows]}
     figure = common.bars(shown, f"time against {RANDOM}")
     common.save("step", args.device, rows, figure, baseline=RANDOM, model=model, batch=batch_size)

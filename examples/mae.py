@@ -20,7 +20,16 @@ from maskevolve.masks import Masking
 class MaskedAutoencoder(nn.Module):
     """`masking` stands where the official MAE has `random_masking`."""
 
-    def __init__(self, masking: Masking, image_size: int, patch_size: int, width: int, depth: int, heads: int) -> None:
+    def __init__(
+        self,
+        masking: Masking,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        decoder_depth: int = 2,
+    ) -> None:
         super().__init__()
         self.masking = masking
         self.patch_size = patch_size
@@ -30,7 +39,7 @@ class MaskedAutoencoder(nn.Module):
         half, grid = width // 2, self.encoder.patch_embed.grid_size
         self.decoder_embed = nn.Linear(width, half)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, half))
-        self.decoder_blocks = nn.Sequential(*[Block(half, heads, qkv_bias=True) for _ in range(2)])
+        self.decoder_blocks = nn.Sequential(*[Block(half, heads, qkv_bias=True) for _ in range(decoder_depth)])
         self.decoder_norm = nn.LayerNorm(half)
         self.decoder_pred = nn.Linear(half, 3 * patch_size**2)
         self.register_buffer("decoder_pos_embed", sincos(grid, half), persistent=False)
