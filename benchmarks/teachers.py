@@ -117,7 +117,7 @@ def draw(rows: list[common.Row]) -> Figure:
     for index, row in enumerate(rows):
         y = [row[f"found_after_{stage}"] for stage in STAGES]
         ax.plot([row["ratio"]] * len(y), y, color=f"C{index}", marker="o", label=row["name"])
-    ax.set(xlabel=f"time of a call against {ALL}", ylabel="adjusted Rand index", xlim=(0, None), ylim=(0, None))
+    ax.set(xlabel=f"time of a call against {ALL}", ylabel="adjusted Rand index", xscale="log", ylim=(0, 0.6))
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     ax.set_title(f"after {' and '.join(map(str, STAGES))} steps, a line each", fontsize=9)
     return figure
