@@ -7,6 +7,7 @@ rotary embeddings and biases are included, whatever the model does to get there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -20,6 +21,10 @@ __all__ = ["attention_affinity", "attention_modules", "patch_grid"]
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
 """An attention module is one that has its number of heads under one of these names."""
+
+
+DECODER = r"decoder|(^|\.)dec(\.|_|\d|$)"
+"""In the names of modules that do not see images."""
 
 
 class _Done(Exception):
@@ -51,15 +56,13 @@ def attention_affinity(model: nn.Module, images: Tensor, layers: Sequence[int] |
         >>> attention_affinity(vit, torch.randn(1, 3, 224, 224)).shape
         torch.Size([1, 196, 196])
     """
-    modules = attention_modules(model)
-    count = len(modules)
-    wanted = [modules[_layer_index(layer, count)] for layer in (range(count) if layers is None else layers)]
+    wanted = attention_modules(model, layers)
     reader = _Reader([module for _, module in wanted])
     with reader.hooked(), _all_patches(model), reader, suppress(_Done):
         _encode(model, images)
     if reader.total is None or reader.left:
         silent = ", ".join(name for name, module in wanted if module in reader.left)
-        raise RuntimeError(_not_found(model, f"took no softmax attention in {silent or 'any layer: layers is empty'}"))
+        raise RuntimeError(_not_found(model, f"took no softmax attention in {silent}"))
     height, width = patch_grid(model, images)
     prefix = reader.total.shape[1] - height * width
     if prefix < 0:
@@ -177,10 +180,15 @@ def _attend(
     return attention, attention.to(value.dtype) @ value
 
 
-def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def attention_modules(model: nn.Module, layers: Sequence[int] | None = None) -> list[tuple[str, nn.Module]]:
     """The encoder's attention modules by name: in `blocks` where there are such, so that no decoder is counted.
 
+    Args:
+        model: see `attention_affinity`.
+        layers: which of them, counted from 0 or, below 0, from the end; all where None.
+
     Raises:
+        ValueError: where a layer does not exist.
         RuntimeError: where there are none; it names the modules that were looked at.
     """
     encoder = _encoder(model)
@@ -188,13 +196,17 @@ def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     named = [(name, module) for name, module in model.named_modules() if module in inside]
     found = [(name, module) for name, module in named if any(hasattr(module, heads) for heads in HEADS)]
     # A decoder sees mask tokens, not images.
-    found = [(name, module) for name, module in found if "decoder" not in name] or found
+    found = [(name, module) for name, module in found if not re.search(DECODER, name)] or found
     # Where a block or the whole model has such a name too, the attention is what lies innermost.
     known = {module for _, module in found}
     found = [(name, module) for name, module in found if len(known.intersection(module.modules())) == 1]
     if not found:
         raise RuntimeError(_not_found(model, f"has no attention module, which is one with `{'` or `'.join(HEADS)}`"))
-    return found
+    if layers is None:
+        return found
+    if isinstance(layers, int) or not len(layers):
+        raise ValueError(f"layers={layers} must be a list of at least one layer, such as [0, 1]")
+    return [found[_layer_index(layer, len(found))] for layer in layers]
 
 
 def _layer_index(layer: int, count: int) -> int:

@@ -64,9 +64,10 @@ def resolve_grid(num_patches: int, grid_size: GridSize | None) -> tuple[int, int
     if grid_size is None:
         side = math.isqrt(num_patches)
         if side * side != num_patches:
+            token = " (or leave out the class token)" if math.isqrt(num_patches - 1) ** 2 == num_patches - 1 else ""
             raise ValueError(
-                f"N={num_patches} patches form no square grid: pass grid_size=(H, W) with H * W = {num_patches}, to a "
-                "mask when you make it (or give it x as [B, H, W, D]), to anything else when you call it"
+                f"N={num_patches} patches form no square grid{token}: pass grid_size=(H, W) with H * W = {num_patches}"
+                ", to a mask when you make it (or give it x as [B, H, W, D]), to anything else when you call it"
             )
         return side, side
     height, width = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
@@ -98,9 +99,10 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
         raise ValueError(f"mask_ratio={mask_ratio} is outside [0, 1): it is the share of patches to remove")
     keep = int(num_patches * (1 - mask_ratio))
     if keep < 1:
+        ratios = (step / 1e4 for step in range(10**4, -1, -1))
+        most = next((ratio for ratio in ratios if int(num_patches * (1 - ratio)) > 0), 0)
         raise ValueError(
-            f"mask_ratio={mask_ratio} leaves no visible patch of N={num_patches}: "
-            f"it must lie in [0, {1 - 1 / max(num_patches, 1):.4g}]"
+            f"mask_ratio={mask_ratio} leaves no visible patch of N={num_patches}: it must lie in [0, {most}]"
         )
     return keep
 

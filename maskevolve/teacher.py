@@ -68,10 +68,10 @@ class PartTeacher(nn.Module):
                 f"this {type(model).__name__} is sharded, which cannot be copied: build the teacher before "
                 "fully_shard(model)"
             )
-        attention_modules(model)  # refuses a model without attention here, not in the first step
+        attention_modules(model, layers)  # refuses what has no such attention here, not in the first step
         if not isinstance(partitioner, nn.Module):
             raise TypeError(f"partitioner={partitioner!r} must be an instance, such as GraphCutPartitioner()")
-        if min(num_parts) < 1:
+        if isinstance(num_parts, int) or min(num_parts) < 1:
             raise ValueError(f"num_parts={num_parts} must be (in the first epoch, in the last epoch), each at least 1")
         self.model = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
         self.partitioner = partitioner

@@ -1,5 +1,7 @@
 """The affinity against what the model's own, unfused softmax gives."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -174,8 +176,9 @@ def test_bad_layers():
     vit, images = make_vit(), torch.randn(1, 3, 224, 224)
     with pytest.raises(ValueError, match=r"layer 3 .*3 attention layers"):
         attention_affinity(vit, images, [0, 3])
-    with pytest.raises(RuntimeError, match="layers is empty"):
-        attention_affinity(vit, images, [])
+    for layers in ([], 2):
+        with pytest.raises(ValueError, match=re.escape(f"layers={layers} must be a list")):
+            attention_affinity(vit, images, layers)
 
 
 def test_dropped_patches_are_an_error():
@@ -184,22 +187,24 @@ def test_dropped_patches_are_an_error():
         attention_affinity(vit, torch.randn(1, 3, 224, 224))
 
 
-def test_a_decoder_is_not_read():
+@pytest.mark.parametrize("name", ["decoder", "decoder_blocks", "dec", "dec_blocks", "my_decoder"])
+def test_a_decoder_is_not_read(name):
     class WithDecoder(nn.Module):
         def __init__(self):
             super().__init__()
             self.patch_embed = MAE(width=48).patch_embed
-            self.encoder, self.decoder = (nn.ModuleList([HandWritten(48, 3) for _ in range(2)]) for _ in range(2))
+            self.encoder = nn.ModuleList([HandWritten(48, 3) for _ in range(2)])
+            self.add_module(name, nn.ModuleList([HandWritten(48, 3) for _ in range(2)]))
 
         def forward(self, images):
             x = self.patch_embed(images)
-            for block in [*self.encoder, *self.decoder]:
+            for block in [*self.encoder, *getattr(self, name)]:
                 x = block(x)
             return x
 
     model, images = WithDecoder(), torch.randn(2, 3, 64, 64)
     before = attention_affinity(model, images)
-    for parameter in model.decoder.parameters():
+    for parameter in getattr(model, name).parameters():
         nn.init.normal_(parameter)
     assert torch.equal(attention_affinity(model, images), before)
     assert [name for name, _ in attention_modules(model)] == ["encoder.0", "encoder.1"]

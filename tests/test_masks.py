@@ -358,10 +358,18 @@ def test_mask_ratio_out_of_range(make, mask_ratio):
         make()(torch.zeros(2, 16, 1), mask_ratio, parts=random_parts(2, 16))
 
 
+@settings(max_examples=200)
+@given(num_patches=st.integers(1, 5000))
+def test_the_bound_that_an_error_names_is_kept(num_patches):
+    with pytest.raises(ValueError, match="leaves no visible patch") as error:
+        F.num_visible(num_patches, math.nextafter(1, 0))
+    assert F.num_visible(num_patches, float(str(error.value).split()[-1].rstrip("]"))) >= 1
+
+
 @every_mask
 def test_patches_that_form_no_grid(make):
     masking = make()
-    with pytest.raises(ValueError, match=r"N=50 .*grid_size"):
+    with pytest.raises(ValueError, match=r"N=50 .*class token.*grid_size"):
         masking(torch.zeros(2, 50, 1), parts=random_parts(2, 50))
     masking.grid_size = (5, 9)
     with pytest.raises(ValueError, match=r"\(5, 9\).*45.*N=50"):

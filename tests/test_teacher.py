@@ -103,9 +103,11 @@ def test_layers_are_passed_on():
     assert not torch.equal(make_teacher(vit, layers=[0])(images), make_teacher(vit, layers=[-1])(images))
 
 
-@pytest.mark.parametrize("options", [{"num_parts": (0, 5)}, {"total_epochs": 0}])
+@pytest.mark.parametrize(
+    "options", [{"num_parts": (0, 5)}, {"num_parts": 10}, {"total_epochs": 0}, {"layers": 0}, {"layers": [99]}]
+)
 def test_bad_settings(options):
-    with pytest.raises(ValueError, match=r"num_parts=\(0, 5\)|total_epochs=0"):
+    with pytest.raises(ValueError, match=r"num_parts=(\(0, 5\)|10) must|total_epochs=0|layers=0 must|layer 99"):
         make_teacher(MAE(), **options)
 
 

@@ -1,9 +1,7 @@
-"""The tree of parts on a GPU: one launch for the terminals of a level, one for its split. No host sync.
+"""The tree of parts on a GPU: one launch for the terminals of a level and one for its split, and no host sync.
 
-A program cuts a part.
-
-To the bit what `torch.py` does. The patches of a part are listed in a row, so that a program reads only those rows and
-columns of the gram matrix that are its part's: a level costs no more than the one above, and nothing is masked.
+To the bit what `torch.py` does. A program takes one part. The patches of a part are listed in a row, so that it reads
+only their rows and columns of the gram matrix: a level costs no more than the one above, and nothing is masked.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ SETTINGS = {"LLOYD_STEPS": LLOYD_STEPS, "RESOLUTION": RESOLUTION, "SCALE": SCALE
 class TritonParts:
     """See `Parts`.
 
-    Memory beside the gram matrix: 36 bytes a patch, and 12 a part.
+    Memory beside the gram matrix: at most 40 bytes a patch, and 16 a part.
     """
 
     def __init__(self, gram: Tensor) -> None:
