@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from shapes import composed_shapes
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import avg_pool2d, interpolate
 from tqdm import trange
 
 from maskevolve import EMPartitioner, GraphCutPartitioner, PartTeacher, RandomMask
@@ -43,11 +43,15 @@ SIZE, PATCH, DEPTH, NUM_PARTS = 96, 8, 6, 8  # five textures are in a picture
 SEEDS, STAGES, BATCH, IMAGES = (0, 1), (150, 300), 16, 64  # stages: steps of training
 
 
+def new_model() -> MaskedAutoencoder:
+    return MaskedAutoencoder(RandomMask(), SIZE, PATCH, 128, DEPTH, 4)
+
+
 def training(seed: int, device: str) -> Iterator[nn.Module]:
     """The encoder of a small MAE at each of STAGES, on pictures that it sees once."""
     torch.manual_seed(seed)
     draws = torch.Generator().manual_seed(seed)
-    model = MaskedAutoencoder(RandomMask(), SIZE, PATCH, 128, DEPTH, 4).to(device)
+    model = new_model().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.9, 0.95), weight_decay=0.05)
     for step in trange(max(STAGES) + 1, desc=f"training {seed}"):
         if step in STAGES:
@@ -81,7 +85,15 @@ def teachers(vit: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
         "all layers, bfloat16": in_bfloat16,
         "all layers, a quarter of the patches": in_half_resolution,
         "all layers, EM": PartTeacher(vit, EMPartitioner(), total_epochs=1, num_parts=(NUM_PARTS, NUM_PARTS)),
+        "all layers, untrained": teacher(new_model().encoder.to(next(vit.parameters()).device)),
+        "no model: mean colours": by_colour,
     }
+
+
+def by_colour(images: Tensor) -> Tensor:
+    """Parts out of the mean colours of the patches."""
+    colours = avg_pool2d(images, PATCH).flatten(2).mT
+    return GraphCutPartitioner(NUM_PARTS)(torch.exp(-torch.cdist(colours, colours).square()))
 
 
 def agreement(teacher: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> list[float]:

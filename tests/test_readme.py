@@ -48,6 +48,17 @@ def test_lines_to_paste_are_at_most_five(host):
     assert sum(line != "" and not line.startswith("#") for line in block.splitlines()) <= 5
 
 
+def test_lines_by_hand():
+    torch.manual_seed(0)
+    vit = VisionTransformer((128, 1024), 16, in_chans=1, embed_dim=48, depth=2, num_heads=3, num_classes=0)
+    names = {"vit": vit, "epochs": 2, "epoch": 1, "images": torch.randn(2, 1, 128, 1024), "torch": torch}
+    (block,) = blocks("teacher.update(vit)")
+    exec(block, names)
+    assert names["visible"].shape == (2, 128, 48)
+    assert names["masking"].alpha == 1
+    assert names["state"]["teacher"]["epoch"] == 1
+
+
 def test_every_call_of_the_table_exists():
     named = set(re.findall(r"`(apply_to_\w+)\(", README.read_text()))
     assert named == {call.__name__ for call in (apply_to_lightly, apply_to_mae, apply_to_timm, apply_to_vit_mae)}
