@@ -92,12 +92,12 @@ def test_terminals_and_gains_are_those_of_a_plain_loop(patches, dimensions, seed
                     assert [drawn[i] for i in members] == pytest.approx(expected, rel=1e-4, abs=8)
 
 
-@settings(max_examples=12, deadline=None)  # interpreted kernels are slow
+@settings(max_examples=8, deadline=None)  # interpreted kernels are slow
 @given(patches=st.integers(1, 40), dimensions=st.integers(1, 4), seed=st.integers(0, 10**6))
 def test_kernels_have_the_same_bits(patches, dimensions, seed):
     gram = gram_of(random_features(patches, dimensions, seed))
     ours, expected = TritonParts(gram.clone()), TorchParts(gram)
-    for level in range(4):
+    for level in range(3):
         assert all(torch.equal(a, b) for a, b in zip(ours.terminals(), expected.terminals(), strict=True))
         sides = random_sides(patches, seed + level)
         gain = ours.split(sides)
@@ -111,7 +111,7 @@ def fused(monkeypatch):
     monkeypatch.setattr(partition, "whole_images", TritonParts)
 
 
-@pytest.mark.parametrize(("height", "width"), [(14, 14), (5, 9)])
+@pytest.mark.parametrize(("height", "width"), [(10, 10), (5, 9)])
 def test_parts_by_kernels_alone_are_those_of_the_cpu(fused, monkeypatch, height, width):
     _, attention = planted_attention(1, height, width, 6, strength=0.5, noise=1)
     parts = GraphCutPartitioner(6, solver="triton")(attention, grid_size=(height, width))
