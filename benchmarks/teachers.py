@@ -40,7 +40,7 @@ LAYERS = {
     "last layer": [5],
 }
 SIZE, PATCH, DEPTH, NUM_PARTS = 96, 8, 6, 8  # five textures are in a picture
-SEEDS, STAGES, BATCH, IMAGES = (0, 1), (150, 300), 16, 64  # stages: steps of training
+SEEDS, STAGES, BATCH, IMAGES = (0, 1), (100, 200), 16, 64  # stages: steps of training
 
 
 def new_model() -> MaskedAutoencoder:

@@ -71,7 +71,7 @@ class _Partitioner(nn.Module):
                 "with a row and a column for each patch"
             )
         given, affinity = affinity, affinity.nan_to_num(0, 0, 0)
-        self._warn_of((given != affinity).sum(), affinity.numel())
+        self._warn_of(torch.count_nonzero(given != affinity), affinity.numel())
         affinity = (affinity if affinity.dtype == torch.float64 else affinity.float()).clamp_(min=0)
         affinity /= _or_one(affinity.flatten(1).amax(1)).view(-1, *[1] * (affinity.ndim - 1))
         return affinity.mean(1) if affinity.ndim == 4 else affinity

@@ -13,7 +13,7 @@ from torch import Tensor, device, dtype, float32, float64, get_float32_matmul_pr
 
 __all__ = ["Parts", "exact_dtype", "whole_images", "wide_dtype"]
 
-LLOYD_STEPS = 3
+LLOYD_STEPS = 2  # more found no more of planted parts
 RESOLUTION = 1 << 20  # of terminals before they are scaled: their squares still add up without rounding
 SCALE = 1 << 16  # the root mean square of the terminals of a part; a mean edge
 LIMIT = 1 << 30

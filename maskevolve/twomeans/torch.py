@@ -1,4 +1,7 @@
-"""The tree of parts in plain torch, on any device. The gram matrix is kept at 0 between patches of different parts."""
+"""The tree of parts in plain torch, on any device. The gram matrix is kept at 0 between patches of different parts.
+
+It is symmetric; rows are read where columns could be, for a CPU is faster at that.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,6 @@ class TorchParts:
 
     def product(self, second: Tensor) -> Tensor:
         """Inner product of each patch with the sum of the patches of its part where `second` is 1, [B, N]."""
-        # The matrix is symmetric; from this side a CPU is faster.
         return torch.bmm(second.to(self.gram)[:, None], self.gram)[:, 0].long()
 
     def column_of_largest(self, values: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ class TorchParts:
         last = values.shape[1] - 1
         place = torch.arange(last, -1, -1, device=values.device)
         seed = last - self.largest(values * (last + 1) + place) % (last + 1)
-        return self.gram.gather(2, seed[..., None])[..., 0].long()
+        return self.gram.gather(1, seed[:, None])[:, 0].long()
 
     def scaled(self, values: Tensor, size: Tensor) -> Tensor:
         """Values to a root mean square of SCALE in each part, as int32."""
