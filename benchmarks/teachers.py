@@ -128,7 +128,7 @@ def draw(rows: list[common.Row]) -> Figure:
     ax = figure.subplots()
     for index, row in enumerate(rows):
         y = [row[f"found_after_{stage}"] for stage in STAGES]
-        ax.plot([row["ratio"]] * len(y), y, color=f"C{index}", marker="o", label=row["name"])
+        ax.plot([row["ratio"]] * len(y), y, marker="os"[index // 10], label=row["name"])  # ten colours
     ax.set(xlabel=f"time of a call against {ALL}", ylabel="adjusted Rand index", xscale="log", ylim=(0, 0.6))
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     ax.set_title(f"after {' and '.join(map(str, STAGES))} steps, a line each", fontsize=9)
