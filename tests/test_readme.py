@@ -51,7 +51,8 @@ def test_lines_to_paste_are_at_most_five(host):
 def test_lines_by_hand():
     torch.manual_seed(0)
     vit = VisionTransformer((128, 1024), 16, in_chans=1, embed_dim=48, depth=2, num_heads=3, num_classes=0)
-    names = {"vit": vit, "epochs": 2, "epoch": 1, "images": torch.randn(2, 1, 128, 1024), "torch": torch}
+    images = torch.randn(2, 1, 128, 1024)
+    names = {"vit": vit, "epochs": 2, "epoch": 1, "images": images, "patches": vit.patch_embed(images), "torch": torch}
     (block,) = blocks("teacher.update(vit)")
     exec(block, names)
     assert names["visible"].shape == (2, 128, 48)
