@@ -108,7 +108,7 @@ class GraphCutPartitioner(_Partitioner):
 
     Shape:
         affinity [B, N, N] or [B, heads, N, N] to parts [B, N] int64.
-        Memory: at most 24 bytes for each pair of patches of an image beside the affinity, 28 where float32 products
+        Memory: about 24 bytes for each pair of patches of an image beside the affinity, 28 where float32 products
         may be rounded (TF32); so 236 MB for 256 images of 14 x 14 patches.
         On a GPU with Triton, up to 1024 patches: no wait of the host, so that a CUDA graph can hold the call.
 
