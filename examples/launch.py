@@ -14,22 +14,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from named_masks import MASKS
 from torch import distributed as dist
 from torch import nn
 from torch.nn import parallel
 
-from maskevolve import BlockMask, EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher, RandomMask
+from maskevolve import GraphCutPartitioner, PartTeacher
 from maskevolve.integrations import Evolution
-from maskevolve.masks import Masking
-
-MASKS: dict[str, Callable[[float], Masking]] = {
-    "random": lambda epochs: RandomMask(),
-    "grid": lambda epochs: GridMask(),
-    "block": lambda epochs: BlockMask(),
-    "part": lambda epochs: PartMask(),
-    "evolving": lambda epochs: EvolvingMask(epochs),
-    "evolving-block": lambda epochs: EvolvingMask(epochs, end=BlockMask()),
-}
 
 
 class CPUDataParallel(parallel.DistributedDataParallel):

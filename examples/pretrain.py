@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from mae import MaskedAutoencoder, patchify, unpatchify
 from matplotlib.figure import Figure
+from named_masks import MASKS
 from photos import PhotoCrops, centre, find_photos
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
@@ -24,18 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from maskevolve import BlockMask, EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher, RandomMask
-from maskevolve.masks import Masking
+from maskevolve import EvolvingMask, GraphCutPartitioner, PartTeacher
 from maskevolve.viz import evolution_figure, mask_picture
 
-MASKS: dict[str, Callable[[int], Masking]] = {
-    "random": lambda epochs: RandomMask(),
-    "grid": lambda epochs: GridMask(),
-    "block": lambda epochs: BlockMask(),
-    "part": lambda epochs: PartMask(),
-    "evolving": lambda epochs: EvolvingMask(epochs),
-    "evolving-block": lambda epochs: EvolvingMask(epochs, end=BlockMask()),
-}
 MEAN, STD = [[[0.485]], [[0.456]], [[0.406]]], [[[0.229]], [[0.224]], [[0.225]]]  # of ImageNet, as in MAE
 SNAPSHOTS = 5  # points of training in evolution.png
 SHOWN = 4  # photographs in the pictures

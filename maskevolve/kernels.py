@@ -88,7 +88,6 @@ def _shuffle(
         START_KEYED=start_key is not None, END_KEYED=end_key is not None, BLEND=alpha is not None,
         BITS=max(num_patches - 1, 1).bit_length(), BLOCK=block,
         num_warps=max(1, min(block // 128, 8)), enable_fp_fusion=False,  # unfused, it rounds as plain torch does
-   
     )  # fmt: skip
     return ids_keep, ids_restore, mask
 

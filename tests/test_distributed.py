@@ -1,6 +1,9 @@
 """Two processes (gloo): each draws masks of its own, all have one teacher, and runs can be repeated and resumed."""
 
 import functools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import ranks
@@ -56,3 +59,16 @@ def test_fully_sharded(tmp_path):
         assert not equal(result["masks"], second[order]["masks"])
         assert result["losses"][-1] < result["losses"][0]
         assert "build the teacher before fully_shard(model)" in result["refused"]
+
+
+@pytest.mark.parametrize("trainer", ["hugging_face", "lightly"])
+def test_trainers_under_torchrun(tmp_path, trainer):
+    worker = str(Path(__file__).with_name("trainers.py"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*torchrun, worker, trainer, str(tmp_path)], check=True, capture_output=True)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert len(first["masks"]) == len(second["masks"]) == 4
+    assert not any(map(torch.equal, first["masks"], second["masks"]))
+    assert equal(first["model"], second["model"])
+    assert equal(first["evolution"]["teacher"], second["evolution"]["teacher"])
+    assert first["evolution"]["teacher"]["model.n_averaged"] == 4

@@ -1,10 +1,7 @@
 """Evolving masks in MAEs made of Lightly's modules and under Lightning, against the real packages."""
 
-import subprocess
-import sys
 import threading
 from copy import deepcopy
-from pathlib import Path
 
 import lightly_mae as example
 import pytest
@@ -13,10 +10,12 @@ import torch
 from lightly.models import utils
 from lightly.models.modules import MaskedVisionTransformerTIMM, MaskedVisionTransformerTorchvision
 from lightly_mae import MAE
+from test_pretrain import equal
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.models import vision_transformer as torchvision_vit
+from vits import watch_calls
 
 from maskevolve import EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher, RandomMask
 from maskevolve.attention import attention_affinity
@@ -358,14 +357,6 @@ def loader(count=12):
     return DataLoader(pictures(count), 4)
 
 
-def watch_calls(monkeypatch, evolution):
-    epochs, updates = [], []
-    set_epoch, update = evolution.set_epoch, evolution.update
-    monkeypatch.setattr(evolution, "set_epoch", lambda epoch: (epochs.append(epoch), set_epoch(epoch)))
-    monkeypatch.setattr(evolution, "update", lambda: (updates.append(1), update()))
-    return epochs, updates
-
-
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_lightning_moves_the_epoch_and_the_teacher(tmp_path, monkeypatch, accumulate):
     mae = make()
@@ -387,10 +378,6 @@ def test_lightning_options(tmp_path, options):
     assert evolution.teacher.model.n_averaged == 6
 
 
-def equal_states(a, b):
-    return all(torch.equal(value, b[key]) for key, value in a.items())
-
-
 def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path):
     mae = make()
     expected = evolve(mae, 3)
@@ -403,21 +390,9 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path):
     trainer = make_trainer(evolution, tmp_path)
     trainer.fit(resumed, loader(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
     assert evolution.teacher.model.n_averaged == 9
-    assert equal_states(mae.state_dict(), resumed.state_dict())
+    assert equal(mae.state_dict(), resumed.state_dict())
     for name in ("teacher", "masking"):
-        assert equal_states(expected.state_dict()[name], evolution.state_dict()[name])
-
-
-def test_under_torchrun(tmp_path):
-    worker = str(Path(__file__).with_name("trainers.py"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*torchrun, worker, "lightly", str(tmp_path)], check=True, capture_output=True)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert len(first["masks"]) == len(second["masks"]) == 4
-    assert not any(map(torch.equal, first["masks"], second["masks"]))
-    assert equal_states(first["model"], second["model"])
-    assert equal_states(first["evolution"]["teacher"], second["evolution"]["teacher"])
-    assert first["evolution"]["teacher"]["model.n_averaged"] == 4
+        assert equal(expected.state_dict()[name], evolution.state_dict()[name])
 
 
 def test_pretraining_on_photographs_lowers_the_loss_and_raises_alpha(tmp_path):

@@ -4,11 +4,11 @@ import json
 import subprocess
 import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
 import vit_mae as example
+from test_pretrain import equal
 from transformers import (
     Trainer,
     TrainingArguments,
@@ -18,7 +18,7 @@ from transformers import (
     ViTMAEModel,
     ViTModel,
 )
-from vits import MAE
+from vits import MAE, watch_calls
 
 from maskevolve import BlockMask, EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher, RandomMask
 from maskevolve.attention import attention_affinity, attention_modules
@@ -290,18 +290,6 @@ def make_trainer(out, *, epochs=3, count=12, resume_from=None, **options):
     return Trainer(model, args, train_dataset=Images(count), callbacks=[ours]), evolution
 
 
-def equal_states(a, b):
-    return all(torch.equal(value, b[key]) for key, value in a.items())
-
-
-def watch_calls(monkeypatch, evolution):
-    epochs, updates = [], []
-    set_epoch, update = evolution.set_epoch, evolution.update
-    monkeypatch.setattr(evolution, "set_epoch", lambda epoch: (epochs.append(epoch), set_epoch(epoch)))
-    monkeypatch.setattr(evolution, "update", lambda: (updates.append(1), update()))
-    return epochs, updates
-
-
 def test_trainer_moves_the_epoch_and_the_teacher(tmp_path, monkeypatch):
     trainer, evolution = make_trainer(tmp_path)
     epochs, updates = watch_calls(monkeypatch, evolution)
@@ -351,9 +339,9 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path, step, moved)
     out = tmp_path / "elsewhere" if moved else tmp_path / "whole"
     resumed, evolution = make_trainer(out, resume_from=str(checkpoint) if moved else None)
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert equal_states(whole.model.state_dict(), resumed.model.state_dict())
-    assert equal_states(expected.state_dict()["teacher"], evolution.state_dict()["teacher"])
-    assert equal_states(expected.state_dict()["masking"], evolution.state_dict()["masking"])
+    assert equal(whole.model.state_dict(), resumed.model.state_dict())
+    assert equal(expected.state_dict()["teacher"], evolution.state_dict()["teacher"])
+    assert equal(expected.state_dict()["masking"], evolution.state_dict()["masking"])
 
 
 def test_resuming_without_the_evolution_is_an_error(tmp_path):
@@ -363,18 +351,6 @@ def test_resuming_without_the_evolution_is_an_error(tmp_path):
     trainer, _ = make_trainer(tmp_path / "b")
     with pytest.raises(FileNotFoundError, match=r"resumed at step 3: pass the folder.*resume_from_checkpoint=folder"):
         trainer.train(resume_from_checkpoint=checkpoint)
-
-
-def test_under_torchrun(tmp_path):
-    worker = str(Path(__file__).with_name("trainers.py"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*torchrun, worker, "hugging_face", str(tmp_path)], check=True, capture_output=True)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert len(first["masks"]) == len(second["masks"]) == 4
-    assert not any(map(torch.equal, first["masks"], second["masks"]))
-    assert equal_states(first["model"], second["model"])
-    assert equal_states(first["evolution"]["teacher"], second["evolution"]["teacher"])
-    assert first["evolution"]["teacher"]["model.n_averaged"] == 4
 
 
 def test_pretraining_on_photographs_lowers_the_loss_and_raises_alpha(tmp_path):

@@ -89,3 +89,30 @@ def photographs(count, size):
     """Real pictures, [count, 3, size, size] around 0."""
     photos = [centre(path, size) for path in find_photos(None)]
     return torch.stack([photos[index % len(photos)].roll(index, -1) for index in range(count)]) * 4 - 2
+
+
+def check_training(evolution, compute_loss, lr):
+    """40 steps, an epoch each: the loss falls while alpha rises to 1."""
+    optimizer = torch.optim.AdamW(evolution.student.parameters(), lr=lr)
+    losses, alphas = [], []
+    for step in range(40):
+        evolution.set_epoch(step)
+        loss = compute_loss()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        evolution.update()
+        losses.append(float(loss.detach()))
+        alphas.append(float(evolution.masking.alpha))
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert alphas == sorted(alphas)
+    assert alphas[-1] == 1
+
+
+def watch_calls(monkeypatch, evolution):
+    """Lists that grow with the epochs that are set and the updates that are made."""
+    epochs, updates = [], []
+    set_epoch, update = evolution.set_epoch, evolution.update
+    monkeypatch.setattr(evolution, "set_epoch", lambda epoch: (epochs.append(epoch), set_epoch(epoch)))
+    monkeypatch.setattr(evolution, "update", lambda: (updates.append(1), update()))
+    return epochs, updates

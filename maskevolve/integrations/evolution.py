@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import import_module
 from itertools import zip_longest
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakSet
 
 import torch
@@ -21,7 +21,14 @@ from ..teacher import PartTeacher
 
 __all__ = ["Evolution"]
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _evolving: WeakSet[nn.Module] = WeakSet()
+
+
+def eager(function: F, **options: Any) -> F:
+    """What torch.compile runs as it is: `torch.compiler.disable`, which has no types."""
+    return cast(F, torch.compiler.disable(function, **options))
 
 
 class Evolution:
@@ -145,9 +152,9 @@ class Evolution:
         x = x.unflatten(1, resolve_grid(x.shape[1], patch_grid(self.model, images)))
         if self.teacher is None and not _is_distributed():
             return cast(MaskedPatches, self.masking(x, mask_ratio))
-        return cast(MaskedPatches, self._mask_eagerly(x, mask_ratio, images))
+        return self._mask_eagerly(x, mask_ratio, images)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @eager
     def _mask_eagerly(self, x: Tensor, mask_ratio: float, images: Tensor) -> MaskedPatches:
         """Outside of a compiled model, which can trace neither a teacher nor a generator."""
         parts, generator = self._parts(images), _generator_of_rank(x.device)
@@ -186,7 +193,7 @@ def _check_teacher(teacher: PartTeacher, student: nn.Module) -> None:
     )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@eager
 def _warn_of_epoch() -> None:
     warnings.warn(
         "the masks follow the epoch, which nothing has set: call evolution.set_epoch(epoch) at the start of each "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache, wraps
 from threading import Lock
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..attention import patch_grid
 from ..masks import Masking
 from ..teacher import PartTeacher, unwrap
-from .evolution import Evolution, import_host
+from .evolution import Evolution, eager, import_host
 
 __all__ = ["apply_to_lightly", "lightning_callback"]
 
@@ -111,9 +111,9 @@ def lightning_callback(evolution: Evolution) -> Any:
     # Lightly imports pytorch_lightning. Whoever uses the other one has imported it by now.
     hosts = [sys.modules[name] for name in ("lightning.pytorch", "pytorch_lightning") if sys.modules.get(name)]
     hosts = hosts or [import_host("pytorch_lightning", "pytorch-lightning")]
-    bases: Any = tuple(host.Callback for host in hosts)
+    base: Any = type("Callback", tuple(host.Callback for host in hosts), {})
 
-    class EvolutionCallback(*bases):  # type: ignore[misc]
+    class EvolutionCallback(base):
         state_key = "maskevolve"
 
         def __init__(self) -> None:
@@ -175,11 +175,6 @@ def _unbound(method: Any) -> Callable[..., Any]:
     return lambda self, *args, **kwargs: method(*args, **kwargs)
 
 
-def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What torch.compile runs as it is; what the function calls is compiled."""
-    return cast(Callable[..., Any], torch.compiler.disable(function, recursive=False))
-
-
 def _drawing_step(method: Any, utils: Any, draw: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
     """The method, during which Lightly's functions draw ours."""
     own = _unbound(method)
@@ -193,7 +188,7 @@ def _drawing_step(method: Any, utils: Any, draw: Callable[..., tuple[Tensor, Ten
             finally:
                 _current.reset(token)
 
-    return _uncompiled(step)
+    return eager(step, recursive=False)  # what it calls is compiled
 
 
 @contextmanager
@@ -227,7 +222,7 @@ def _asking(own: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Te
         step.has_drawn = True
         return step.draw(step, idx_keep, idx_mask)
 
-    return cast(Callable[..., Any], torch.compiler.disable(random_mask))
+    return eager(random_mask)
 
 
 def _checked_encode(method: Any) -> Callable[..., Any]:
@@ -245,7 +240,7 @@ def _checked_encode(method: Any) -> Callable[..., Any]:
             )
         return own(self, *args, **kwargs)
 
-    return _uncompiled(encode)
+    return eager(encode, recursive=False)
 
 
 def _outwards(step: _Step | None) -> Iterator[_Step]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ def apply_to_timm(vit: nn.Module, masking: Masking, teacher: PartTeacher | None 
         )
     evolution = Evolution(vit, masking, teacher)
     # Not that of the dropout, which in distilled models does not count the distillation token.
-    prefix: int = vit.num_prefix_tokens  # type: ignore[assignment]
+    prefix = cast(int, vit.num_prefix_tokens)
     # In models with rotary embeddings. Older versions of timm have an option in place of a class.
     with_indices = type(dropout).__name__ == "PatchDropoutWithIndices" or getattr(dropout, "return_indices", False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ def apply_to_vit_mae(model: nn.Module, masking: Masking, teacher: PartTeacher | 
         raise TypeError(
             f"{type(model).__name__} is no ViTMAE of Hugging Face: pass a ViTMAEForPreTraining or ViTMAEModel"
         )
-    encoder: nn.Module = model.base_model  # type: ignore[assignment]
+    encoder = cast(nn.Module, model.base_model)
     of_encoder = isinstance(teacher, PartTeacher) and type(teacher.model.module) is type(encoder)
     evolution = Evolution(encoder, masking, teacher, encoder if of_encoder else model)
     own = embeddings.random_masking
@@ -118,7 +118,7 @@ def trainer_callback(evolution: Evolution, resume_from_checkpoint: str | None = 
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs is not None and hasattr(evolution.masking, "alpha"):
-                logs["alpha"] = round(float(evolution.masking.alpha), 4)  # type: ignore[arg-type]
+                logs["alpha"] = round(float(cast(Tensor, evolution.masking.alpha)), 4)
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if args.should_save:
