@@ -1,4 +1,4 @@
-"""How much the patches of an image attend to each other, read from a ViT while it runs. The model is not touched.
+"""How much the patches of an image belong together, read from a ViT while it runs. The model is not touched.
 
 Hooks mark which attention module is running; a torch-function mode sees the queries and keys that it hands to
 `scaled_dot_product_attention`, the softmax that it takes itself, or the weights of nn.MultiheadAttention. So norms,
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention, softmax
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["attention_affinity", "attention_modules", "patch_grid"]
+__all__ = ["attention_affinity", "attention_modules", "patch_grid", "token_affinity", "whole_patches"]
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
 """An attention module is one that has its number of heads under one of these names."""
@@ -63,14 +63,67 @@ def attention_affinity(model: nn.Module, images: Tensor, layers: Sequence[int] |
     if reader.total is None or reader.left:
         silent = ", ".join(name for name, module in wanted if module in reader.left)
         raise RuntimeError(_not_found(model, f"took no softmax attention in {silent}"))
+    prefix = _count_prefix(model, images, reader.total.shape[1])
+    return reader.total[:, prefix:, prefix:] / len(reader.modules)
+
+
+@torch.no_grad()
+def token_affinity(model: nn.Module, images: Tensor) -> Tensor:
+    """Cosine similarity of the patches' tokens where the second attention layer reads them, less their mean.
+
+    So it needs one block of the model and nothing after it. Parts that are cut from it follow what people see in real
+    pictures as well as those from deeper tokens or from the attention of all layers, or better: see
+    benchmarks/teachers.py.
+
+    Args:
+        model: see `attention_affinity`. Where it has one attention layer only, the tokens are those that this reads.
+        images: what the model takes, [B, C, height, width] in pixels.
+
+    Returns:
+        [B, N, N] float32 in [-1, 1], symmetric. A partitioner takes values below 0 as 0.
+
+    Raises:
+        ValueError: where the patches cannot be told from the prefix tokens.
+        RuntimeError: where no attention is found; it names the modules that were looked at.
+
+    Example:
+        >>> import timm
+        >>> vit = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
+        >>> token_affinity(vit, torch.randn(1, 3, 224, 224)).shape
+        torch.Size([1, 196, 196])
+    """
+    name, module = attention_modules(model)[:2][-1]
+    read: list[Tensor] = []
+
+    def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read.extend(value for value in (*args, *kwargs.values()) if torch.is_tensor(value) and value.ndim == 3)
+        if read:
+            raise _Done
+
+    handle = module.register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        with _all_patches(model), suppress(_Done):
+            _encode(model, images)
+    finally:
+        handle.remove()
+    if not read:
+        raise RuntimeError(_not_found(model, f"gave no tokens, [B, tokens, width], to {name}"))
+    tokens = read[0][:, _count_prefix(model, images, read[0].shape[1]) :]
+    with torch.autocast(tokens.device.type, enabled=False):
+        tokens = tokens.float()
+        tokens = nn.functional.normalize(tokens - tokens.mean(1, keepdim=True), dim=2)
+        return tokens @ tokens.mT
+
+
+def _count_prefix(model: nn.Module, images: Tensor, tokens: int) -> int:
+    """How many tokens (class, register, ...) come before the patches."""
     height, width = patch_grid(model, images)
-    prefix = reader.total.shape[1] - height * width
-    if prefix < 0:
+    if tokens < height * width:
         raise ValueError(
-            f"{type(model).__name__} attends over {reader.total.shape[1]} tokens, fewer than the {height} x {width} "
+            f"{type(model).__name__} attends over {tokens} tokens, fewer than the {height} x {width} "
             f"patches of images of shape {list(images.shape)}: does it drop patches (masking, patch_drop_rate)?"
         )
-    return reader.total[:, prefix:, prefix:] / len(reader.modules)
+    return tokens - height * width
 
 
 def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
@@ -81,17 +134,35 @@ def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
         >>> patch_grid(timm.create_model("vit_tiny_patch16_224", depth=1), torch.empty(1, 3, 224, 160))
         (14, 10)
     """
+    rows, columns = _patch_size(model)
+    height, width = images.shape[-2:]
+    if getattr(_patch_embed(model), "dynamic_img_pad", False):
+        return -(-height // rows), -(-width // columns)
+    return height // rows, width // columns
+
+
+def whole_patches(model: nn.Module, images: Tensor) -> Tensor:
+    """The pixels of the patches: without those at the right and the bottom that fill none, or with those that pad one.
+
+    Example:
+        >>> import timm
+        >>> whole_patches(timm.create_model("vit_tiny_patch16_224", depth=1), torch.empty(1, 3, 230, 160)).shape
+        torch.Size([1, 3, 224, 160])
+    """
+    height, width = (cells * size for cells, size in zip(patch_grid(model, images), _patch_size(model), strict=True))
+    images = images[..., :height, :width]
+    right, below = width - images.shape[-1], height - images.shape[-2]
+    return nn.functional.pad(images, (0, right, 0, below), mode="replicate") if right or below else images
+
+
+def _patch_size(model: nn.Module) -> tuple[int, int]:
     embed = _patch_embed(model)
     if embed is None:
         raise ValueError(
             f"{type(model).__name__} has no patch_embed.patch_size (in pixels), which tells the patch grid: set it, as "
             "in model.patch_embed.patch_size = 16"
         )
-    rows, columns = _pair(embed.patch_size)
-    height, width = images.shape[-2:]
-    if getattr(embed, "dynamic_img_pad", False):
-        return -(-height // rows), -(-width // columns)
-    return height // rows, width // columns
+    return _pair(embed.patch_size)
 
 
 def _patch_embed(model: nn.Module) -> Any:

@@ -1,21 +1,27 @@
-"""Attention affinities to parts: recursive min cuts, or the clustering of the paper's released code."""
+"""Affinities and pictures to parts: recursive min cuts, or the clustering of the paper's released code."""
 
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .edges import affinity_edges, contrast_edges, neighbours_at, or_one, patch_sums
 from .functional import GridSize, resolve_grid
-from .mincut import OFFSETS, SOLVERS, grid_min_cut
-from .twomeans import LIMIT, SCALE, exact_dtype, whole_images, wide_dtype
+from .mincut import SOLVERS, grid_min_cut
+from .twomeans import exact_dtype, whole_images, wide_dtype
 
 __all__ = ["EMPartitioner", "GraphCutPartitioner", "PartHierarchy"]
 
 EXTRA_LEVELS = 2  # of splits beyond those of a balanced tree, for parts of unequal size
+OF_AFFINITY, OF_CONTRAST = 0.3, 16.0  # smoothness where none is given
+SMALL = 8  # parts below this share of an image have weaker contrast edges, lest none of them could be split
+CAUSES = {
+    "affinities": "the model that they come from may have diverged",
+    "values of images": "look for what made them before they came here",
+}
 
 
 class PartHierarchy(NamedTuple):
@@ -60,8 +66,8 @@ class _Partitioner(nn.Module):
         super().__init__()
         _check_num_parts(num_parts)
         self.num_parts = num_parts
-        self._warned = False
-        self._bad: Tensor | None = None  # how many affinities were NaN or inf, where the host can see it
+        self._warned: set[str] = set()
+        self._bad: dict[str, Tensor] = {}  # how many values were NaN or inf, where the host can see it
 
     def _clean(self, affinity: Tensor) -> Tensor:
         """[B, N, N] in 32 bits or more, mean over heads, 0 for what is no affinity, the largest value of an image 1."""
@@ -71,45 +77,48 @@ class _Partitioner(nn.Module):
                 "with a row and a column for each patch"
             )
         given, affinity = affinity, affinity.nan_to_num(0, 0, 0)
-        self._warn_of(torch.count_nonzero(given != affinity), affinity.numel())
+        self._warn_of("affinities", torch.count_nonzero(given != affinity), affinity.numel())
         affinity = (affinity if affinity.dtype == torch.float64 else affinity.float()).clamp_(min=0)
-        affinity /= _or_one(affinity.flatten(1).amax(1)).view(-1, *[1] * (affinity.ndim - 1))
+        affinity /= or_one(affinity.flatten(1).amax(1)).view(-1, *[1] * (affinity.ndim - 1))
         return affinity.mean(1) if affinity.ndim == 4 else affinity
 
-    def _warn_of(self, bad: Tensor, total: int) -> None:
-        """Warn once of affinities that are none; on a GPU a call later or more, so that the host need not wait."""
-        if self._warned:
+    def _warn_of(self, what: str, bad: Tensor, total: int) -> None:
+        """Warn once of values that are none; on a GPU a call later or more, so that the host need not wait."""
+        if what in self._warned:
             return
         if bad.device.type == "cpu":
-            self._bad = bad
-        elif self._bad is None:
-            self._bad = torch.zeros_like(bad, device="cpu").pin_memory()
-        if int(self._bad):
-            self._warned = True
+            self._bad[what] = bad
+        elif what not in self._bad:
+            self._bad[what] = torch.zeros_like(bad, device="cpu").pin_memory()
+        if int(self._bad[what]):
+            self._warned.add(what)
             warnings.warn(
-                f"{int(self._bad)} of {total} affinities are NaN or inf and count as 0: "
-                "the model that they come from may have diverged. This warning is given once.",
+                f"{int(self._bad[what])} of {total} {what} are NaN or inf and count as 0: {CAUSES[what]}. "
+                "This warning is given once.",
                 stacklevel=5,
             )
-        self._bad.copy_(bad, non_blocking=True)
+        self._bad[what].copy_(bad, non_blocking=True)
 
 
 class GraphCutPartitioner(_Partitioner):
-    """Parts by recursive min cuts on an attention affinity, a level of the whole batch at a time.
+    """Parts by recursive min cuts on an affinity and on the contrast of the pictures, a level of the batch at a time.
 
     Features are rows of the square root of the affinity, unit length. In each part, two means give the terminal
-    capacities and the affinity between 8-neighbours gives the edges of a min cut, which splits the part; the splits
-    that explain the most are kept.
+    capacities of a min cut, which splits the part; the splits that explain the most are kept. The edges of the cut,
+    between 8-neighbours, come from the images: they are weak where two patches differ in brightness or colour, so that
+    outlines follow what is in the picture. Without images, they come from the affinity.
 
     Args:
         num_parts: number of parts K where the call names none.
-        smoothness: weight of the edges against the distances to the means: higher gives smoother outlines.
+        smoothness: weight of the edges against the distances to the means: higher gives smoother outlines and fewer
+            parts. Where None: 16 for edges from images, 0.3 for those from the affinity.
         solver: of `maskevolve.mincut.grid_min_cut`: "auto", "pymaxflow", "torch" or "triton".
 
     Shape:
         affinity [B, N, N] or [B, heads, N, N] to parts [B, N] int64.
         Memory: about 24 bytes for each pair of patches of an image beside the affinity, 28 where float32 products
-        may be rounded (TF32); so 236 MB for 256 images of 14 x 14 patches.
+        may be rounded (TF32); so 236 MB for 256 images of 14 x 14 patches. With images, before that and given back:
+        MEMORY.
         On a GPU with Triton, up to 1024 patches: no wait of the host, so that a CUDA graph can hold the call.
 
     Example:
@@ -120,18 +129,26 @@ class GraphCutPartitioner(_Partitioner):
                 [1, 1, 1, 1],
                 [1, 1, 1, 1]])
 
-    Source: the graph cut of Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
+    Source: the graph cut of Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001;
+        edges from contrast: Y. Boykov and M.-P. Jolly, Interactive graph cuts, ICCV 2001,
+        https://doi.org/10.1109/ICCV.2001.937505
     """
 
-    def __init__(self, num_parts: int = 10, *, smoothness: float = 0.3, solver: str = "auto") -> None:
+    def __init__(self, num_parts: int = 10, *, smoothness: float | None = None, solver: str = "auto") -> None:
         super().__init__(num_parts)
-        if not smoothness >= 0:
+        if smoothness is not None and not smoothness >= 0:
             raise ValueError(f"smoothness={smoothness} must not be negative")
         if solver not in SOLVERS:
             raise ValueError(f"solver={solver!r} is not one of {', '.join(map(repr, SOLVERS))}")
         self.smoothness, self.solver = smoothness, solver
 
-    def forward(self, affinity: Tensor, num_parts: int | None = None, grid_size: GridSize | None = None) -> Tensor:
+    def forward(
+        self,
+        affinity: Tensor,
+        num_parts: int | None = None,
+        grid_size: GridSize | None = None,
+        images: Tensor | None = None,
+    ) -> Tensor:
         """Cut every image into at most `num_parts` parts.
 
         Args:
@@ -139,19 +156,26 @@ class GraphCutPartitioner(_Partitioner):
                 together. Its scale does not matter; it need not be symmetric. NaN, inf and values below 0 count as 0.
             num_parts: number of parts K; that of the partitioner where None.
             grid_size: the side of a square patch grid, or (H, W), in patches; a square where None.
+            images: [B, C, height, width], whose height and width are multiples of H and W; any number of channels, any
+                float or integer type. The scale and the offset of each channel do not matter, nor does the order of
+                the channels; those of one value change nothing. NaN and inf count as 0.
 
         Returns:
-            parts [B, N] int64: labels 0..k-1 without gaps in each image, k <= K; fewer where the affinity has fewer.
+            parts [B, N] int64: labels 0..k-1 without gaps in each image, k <= K; fewer where the data has fewer.
 
         Raises:
-            ValueError: where the affinity is not square or the grid does not fit.
+            ValueError: where the affinity is not square, or the grid or the images do not fit.
         """
         num_parts = self.num_parts if num_parts is None else num_parts
-        return self.hierarchy(affinity, num_parts, grid_size).cut(num_parts)
+        return self.hierarchy(affinity, num_parts, grid_size, images).cut(num_parts)
 
     @torch.no_grad()
     def hierarchy(
-        self, affinity: Tensor, num_parts: int | None = None, grid_size: GridSize | None = None
+        self,
+        affinity: Tensor,
+        num_parts: int | None = None,
+        grid_size: GridSize | None = None,
+        images: Tensor | None = None,
     ) -> PartHierarchy:
         """Every nested partition up to `num_parts` parts from one solve: see `forward` for the arguments.
 
@@ -163,17 +187,24 @@ class GraphCutPartitioner(_Partitioner):
         with torch.autocast(affinity.device.type, enabled=False):
             affinity = self._clean(affinity)
             affinity = affinity + affinity.mT
-            height, width = resolve_grid(affinity.shape[1], grid_size)
-            neighbours, inside = _neighbours(height, width, affinity.device)
-            edges = _edges(affinity, neighbours, inside, self.smoothness)
-            parts, gains = whole_images(_gram(affinity)), []
-            for _ in range(_depth(num_parts, height * width)):
-                source, sink = parts.terminals()
-                grids = (tensor.unflatten(-1, (height, width)) for tensor in (source, sink, edges))
+            grid = resolve_grid(affinity.shape[1], grid_size)
+            edges = self._edges(affinity, grid, images)
+            parts, gains = whole_images(_gram(affinity)), list[Tensor]()
+            for _ in range(_depth(num_parts, affinity.shape[1])):
+                capacity = edges if images is None else _weaken(edges, parts.labels, 1 << len(gains))
+                grids = (tensor.unflatten(-1, grid) for tensor in (*parts.terminals(), capacity))
                 sides = grid_min_cut(*grids, solver=self.solver).flatten(1)
                 gains.append(parts.split(sides))
-                edges *= _at(neighbours, sides) == sides[:, None]
+                edges *= neighbours_at(grid, sides) == sides[:, None]
             return PartHierarchy(parts.labels + (1 << len(gains)), _split_order(gains, num_parts - 1))
+
+    def _edges(self, affinity: Tensor, grid: tuple[int, int], images: Tensor | None) -> Tensor:
+        if images is None:
+            return affinity_edges(affinity, grid, OF_AFFINITY if self.smoothness is None else self.smoothness)
+        _check_images(images, affinity, grid)
+        sums, bad = patch_sums(images, grid)
+        self._warn_of("values of images", bad, images.numel())
+        return contrast_edges(sums, grid, OF_CONTRAST if self.smoothness is None else self.smoothness)
 
     def extra_repr(self) -> str:
         return f"num_parts={self.num_parts}, smoothness={self.smoothness}, solver={self.solver!r}"
@@ -218,7 +249,7 @@ class EMPartitioner(_Partitioner):
         with torch.autocast(affinity.device.type, enabled=False):
             affinity = self._clean(affinity).float()
             resolve_grid(affinity.shape[1], grid_size)
-            maps = affinity.shape[1] * 144 / _or_one(affinity.sum((1, 2), keepdim=True))
+            maps = affinity.shape[1] * 144 / or_one(affinity.sum((1, 2), keepdim=True))
             features = affinity.mT * maps  # one row a patch: how much each patch attends to it
             means = torch.randn(len(features), num_parts, features.shape[2], device=features.device)
             for _ in range(self.steps):
@@ -231,6 +262,16 @@ class EMPartitioner(_Partitioner):
 
     def extra_repr(self) -> str:
         return f"num_parts={self.num_parts}, steps={self.steps}, kappa={self.kappa}"
+
+
+def _weaken(edges: Tensor, labels: Tensor, num_parts: int) -> Tensor:
+    """Edges in proportion to the size of the part that they are in, where that is small.
+
+    The outline of a part falls with the square root of its size: else no small part could be split.
+    """
+    count = labels.new_zeros(len(labels), num_parts).scatter_add_(1, labels, torch.ones_like(labels))
+    share = (SMALL * count.gather(1, labels)).clamp(max=labels.shape[1]).to(wide_dtype(labels.device)) / labels.shape[1]
+    return (edges * share[:, None]).int()
 
 
 def _depth(num_parts: int, num_patches: int) -> int:
@@ -257,49 +298,32 @@ def _gram(affinity: Tensor) -> Tensor:
     The features are integers too, no longer than 2 ** 12: float32 holds their products, on whatever device.
     """
     features = affinity.to(wide_dtype(affinity.device), copy=True).sqrt_()  # in place: new memory costs a CPU more
-    features /= _or_one(features.norm(dim=2, keepdim=True))
+    features /= or_one(features.norm(dim=2, keepdim=True))
     features -= features.mean(1, keepdim=True)
     longest = features.norm(dim=2).amax(1)[:, None, None]
     features *= torch.where(longest > 1e-6, 4000 / longest, 0)  # below: rounding, not structure
     integers = features.round_().to(exact_dtype())
     gram = (integers @ integers.mT).float()
     largest = gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
-    return gram.mul_(((1 << 24) / gram.shape[1] - 1) / _or_one(largest)).round_()
-
-
-@lru_cache(maxsize=16)
-def _neighbours(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The patch in each of the 8 directions, [8, N], or the patch itself where there is none; and where there is."""
-    patch = torch.arange(height * width, device=device)
-    index, inside = [], []
-    for rows, columns in OFFSETS:
-        row, column = patch // width + rows, patch % width + columns
-        inside.append((row >= 0) & (row < height) & (column >= 0) & (column < width))
-        index.append(torch.where(inside[-1], row * width + column, patch))
-    return torch.stack(index), torch.stack(inside)
-
-
-def _at(neighbours: Tensor, values: Tensor) -> Tensor:
-    """The value of each patch's neighbours: [8, N] and [B, N] to [B, 8, N]."""
-    return values[:, None].expand(-1, 8, -1).gather(2, neighbours.expand(len(values), -1, -1))
-
-
-def _edges(affinity: Tensor, neighbours: Tensor, inside: Tensor, smoothness: float) -> Tensor:
-    """[B, 8, N] int32: capacities between 8-neighbours, `smoothness` for an edge of mean affinity."""
-    patch = torch.arange(affinity.shape[1], device=affinity.device)
-    weights = affinity[:, patch, neighbours].to(wide_dtype(affinity.device)) * inside
-    mean = weights.sum((1, 2), keepdim=True) / inside.sum().clamp(min=1)
-    return (weights * (smoothness * SCALE) / _or_one(mean)).round().clamp(0, LIMIT).int()
-
-
-def _or_one(divisor: Tensor) -> Tensor:
-    return torch.where(divisor > 0, divisor, 1)
+    return gram.mul_(((1 << 24) / gram.shape[1] - 1) / or_one(largest)).round_()
 
 
 def _renumber(labels: Tensor, limit: int) -> Tensor:
     """Labels below `limit`, renumbered in order to 0..k-1 without gaps in each image."""
     present = torch.zeros(len(labels), limit, dtype=torch.long, device=labels.device).scatter_(1, labels, 1)
     return (present.cumsum(1) - 1).gather(1, labels)
+
+
+def _check_images(images: Tensor, affinity: Tensor, grid: tuple[int, int]) -> None:
+    fits = images.ndim == 4 and len(images) == len(affinity) and images.shape[1] > 0
+    if not fits or any(side == 0 or side % cells for side, cells in zip(images.shape[2:], grid, strict=True)):
+        raise ValueError(
+            f"images has shape {list(images.shape)}, but must be [{len(affinity)}, channels, height, width] for an "
+            f"affinity of shape {list(affinity.shape)}, with a height and a width that are multiples of those of the "
+            f"{grid[0]} x {grid[1]} patches"
+        )
+    if images.is_complex():
+        raise ValueError(f"images has dtype {images.dtype}, but must be of a float or integer type")
 
 
 def _check_num_parts(num_parts: int) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from inspect import Parameter, signature
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .attention import attention_affinity, attention_modules, patch_grid
+from .attention import attention_affinity, attention_modules, patch_grid, token_affinity, whole_patches
 from .schedule import clamp_epoch, num_parts_at
 
 __all__ = ["PartTeacher", "unwrap"]
@@ -21,18 +22,21 @@ _sources: WeakKeyDictionary[nn.Module, ref[nn.Module]] = WeakKeyDictionary()
 
 
 class PartTeacher(nn.Module):
-    """An exponential moving average of a ViT, its attention, and a partitioner: images in, parts out.
+    """An exponential moving average of a ViT, what its patches have in common, and a partitioner: images in, parts out.
 
     It is a module of its own with its own `state_dict`: keep it beside the model, not in it, and save both. It never
     trains: no gradients, always in eval mode.
 
     Args:
         model: the ViT or MAE that trains; it is copied. Before `fully_shard`, for sharded weights cannot be.
-        partitioner: GraphCutPartitioner() or EMPartitioner(), or any module with their call.
+        partitioner: GraphCutPartitioner() or EMPartitioner(), or any module with the call of either. One that takes
+            `images` gets them, too.
         total_epochs: length of training, in epochs.
         num_parts: number of parts in the first and in the last epoch; it changes linearly.
         decay: of the moving average, for each update; short runs want less than 0.9999.
-        layers: attention layers to read, counted from 0 or, below 0, from the end; all where None.
+        layers: what is read from the average. "tokens", the tokens after its first block (`token_affinity`), costs
+            least. None is the published way: the attention of all layers. A list names the attention layers, counted
+            from 0 or, below 0, from the end. What comes after the last layer that is read is not computed.
 
     Shape:
         images [B, C, height, width] to parts [B, N] int64.
@@ -59,7 +63,7 @@ class PartTeacher(nn.Module):
         total_epochs: float,
         num_parts: tuple[int, int] = (40, 10),
         decay: float = 0.9999,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int] | Literal["tokens"] | None = "tokens",
     ) -> None:
         super().__init__()
         model = unwrap(model)
@@ -68,7 +72,10 @@ class PartTeacher(nn.Module):
                 f"this {type(model).__name__} is sharded, which cannot be copied: build the teacher before "
                 "fully_shard(model)"
             )
-        attention_modules(model, layers)  # refuses what has no such attention here, not in the first step
+        if isinstance(layers, str) and layers != "tokens":
+            raise ValueError(f'layers={layers!r} must be "tokens", a list of attention layers, or None for all of them')
+        # Refuses what has no such attention here, not in the first step.
+        attention_modules(model, None if isinstance(layers, str) else layers)
         if not isinstance(partitioner, nn.Module):
             raise TypeError(f"partitioner={partitioner!r} must be an instance, such as GraphCutPartitioner()")
         if isinstance(num_parts, int) or min(num_parts) < 1:
@@ -76,6 +83,7 @@ class PartTeacher(nn.Module):
         self.model = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
         self.partitioner = partitioner
         self.total_epochs, self.part_range, self.layers = total_epochs, num_parts, layers
+        self.wants_images = _takes_images(partitioner)
         self.register_buffer("epoch", torch.zeros(()))
         self.num_parts = num_parts_at(0, total_epochs, *num_parts)
         self.register_load_state_dict_post_hook(_read_epoch)
@@ -127,13 +135,24 @@ class PartTeacher(nn.Module):
         Returns:
             parts [B, N] int64: labels 0..k-1 without gaps in each image, k at most the number of parts of this epoch.
         """
-        affinity = attention_affinity(self.model.module, images, self.layers)
-        parts: Tensor = self.partitioner(affinity, self.num_parts, grid_size=patch_grid(self.model.module, images))
+        model = self.model.module
+        affinity = (
+            token_affinity(model, images)
+            if isinstance(self.layers, str)
+            else attention_affinity(model, images, self.layers)
+        )
+        also = {"images": whole_patches(model, images)} if self.wants_images else {}
+        parts: Tensor = self.partitioner(affinity, self.num_parts, grid_size=patch_grid(model, images), **also)
         return parts
 
     def train(self, mode: bool = True) -> PartTeacher:
         """Stays in eval mode, whatever is asked: a teacher has no dropout."""
         return super().train(False)
+
+
+def _takes_images(partitioner: nn.Module) -> bool:
+    parameters = signature(partitioner.forward).parameters.values()
+    return any(parameter.name == "images" or parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _read_epoch(teacher: nn.Module, incompatible_keys: Any) -> None:
