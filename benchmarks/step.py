@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from maskevolve import EMPartitioner, EvolvingMask, GraphCutPartitioner, PartTeacher, RandomMask
-from maskevolve.attention import attention_affinity, attention_modules
+from maskevolve.attention import attention_affinity, attention_modules, token_affinity
 from maskevolve.masks import Masking
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -29,10 +29,10 @@ MODELS = {  # image size, patch size, width, depth, heads, depth of the decoder
     "small": (96, 8, 128, 6, 4, 2),
     "base": (224, 16, 768, 12, 12, 8),
 }
-SHARES = {  # of the layers, which the teacher reads
-    "evolving, all layers": 1.0,
-    "evolving, first half of the layers": 0.5,
-    "evolving, first layer": 0.0,
+LAYERS = {  # that the teacher reads
+    "evolving": "tokens",  # the default: tokens after the first block
+    "evolving, attention of the first layer": [0],
+    "evolving, attention of all layers": None,
 }
 PUBLISHED = "published: all layers unfused, EM"
 
@@ -42,7 +42,7 @@ class Published(nn.Module):
 
     def __init__(self, vit: nn.Module) -> None:
         super().__init__()
-        self.teacher = PartTeacher(vit, EMPartitioner(), total_epochs=100)
+        self.teacher = PartTeacher(vit, EMPartitioner(), total_epochs=100, layers=None)
         for _, module in attention_modules(self.teacher.model.module):
             module.fused_attn = False
 
@@ -84,23 +84,19 @@ def steps(size: tuple[int, ...], images: Tensor) -> dict[str, Callable[[], None]
     def evolving() -> Step:
         return Step(size, EvolvingMask(100).set_epoch(50), images)
 
-    def taught(share: float, swap_precision: bool = False) -> Step:
+    def taught(layers: Any, swap_precision: bool = False) -> Step:
         step = evolving()
         step.teacher_in_bfloat16 ^= swap_precision
-        options = {"total_epochs": 100, "layers": layers(share, size)}
+        options = {"total_epochs": 100, "layers": layers}
         return step.teach(PartTeacher(step.model.encoder, GraphCutPartitioner(), **options).set_epoch(50))
 
     published = evolving()
     return {
         RANDOM: Step(size, RandomMask(), images),
-        **{name: taught(share) for name, share in SHARES.items()},
-        f"evolving, all layers, teacher in {'float32' if images.is_cuda else 'bfloat16'}": taught(1, True),
+        **{name: taught(layers) for name, layers in LAYERS.items()},
+        f"evolving, teacher in {'float32' if images.is_cuda else 'bfloat16'}": taught("tokens", True),
         PUBLISHED: published.teach(Published(published.model.encoder)),
     }
-
-
-def layers(share: float, size: tuple[int, ...]) -> range:
-    return range(max(1, round(share * size[3])))
 
 
 def arithmetic(size: tuple[int, ...]) -> dict[str, float]:
@@ -111,14 +107,16 @@ def arithmetic(size: tuple[int, ...]) -> dict[str, float]:
             function()
         return counter.get_total_flops()
 
-    model = MaskedAutoencoder(RandomMask(), *size).to("meta")  # without data
-    images = torch.empty(1, 3, size[0], size[0], device="meta")
+    model = MaskedAutoencoder(RandomMask(), *size)
+    images = torch.randn(1, 3, size[0], size[0])
     step = count(lambda: model(images, 0.75, None)[0].backward())
-    ratios = {
-        name: 1 + count(lambda share=share: attention_affinity(model.encoder, images, layers(share, size))) / step
-        for name, share in SHARES.items()
-    }
-    return {RANDOM: 1.0, **ratios, PUBLISHED: ratios["evolving, all layers"]}
+
+    def read(layers: Any) -> Tensor:
+        return token_affinity(encoder, images) if layers == "tokens" else attention_affinity(encoder, images, layers)
+
+    encoder = model.encoder
+    ratios = {name: 1 + count(lambda layers=layers: read(layers)) / step for name, layers in LAYERS.items()}
+    return {RANDOM: 1.0, **ratios, PUBLISHED: ratios["evolving, attention of all layers"]}
 
 
 def main() -> None:

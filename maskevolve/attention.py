@@ -108,7 +108,8 @@ def token_affinity(model: nn.Module, images: Tensor) -> Tensor:
         handle.remove()
     if not read:
         raise RuntimeError(_not_found(model, f"gave no tokens, [B, tokens, width], to {name}"))
-    tokens = read[0][:, _count_prefix(model, images, read[0].shape[1]) :]
+    tokens = read[0] if getattr(module, "batch_first", True) else read[0].transpose(0, 1)  # of nn.MultiheadAttention
+    tokens = tokens[:, _count_prefix(model, images, tokens.shape[1]) :]
     with torch.autocast(tokens.device.type, enabled=False):
         tokens = tokens.float()
         tokens = nn.functional.normalize(tokens - tokens.mean(1, keepdim=True), dim=2)

@@ -269,8 +269,11 @@ def _weaken(edges: Tensor, labels: Tensor, num_parts: int) -> Tensor:
 
     The outline of a part falls with the square root of its size: else no small part could be split.
     """
-    count = labels.new_zeros(len(labels), num_parts).scatter_add_(1, labels, torch.ones_like(labels))
-    share = (SMALL * count.gather(1, labels)).clamp(max=labels.shape[1]).to(wide_dtype(labels.device)) / labels.shape[1]
+    if num_parts == 1:
+        return edges
+    one = labels.new_ones((), dtype=wide_dtype(labels.device)).expand_as(labels)
+    count = one.new_zeros(len(labels), num_parts).scatter_add_(1, labels, one)
+    share = (count.gather(1, labels) * (SMALL / labels.shape[1])).clamp_(max=1)
     return (edges * share[:, None]).int()
 
 

@@ -8,9 +8,11 @@ from planted import planted_attention
 from test_masks import MASKS, random_parts
 from test_mincut import random_grid
 from test_twomeans import random_sides
+from vits import photographs
 
 from maskevolve import EvolvingMask, GraphCutPartitioner
 from maskevolve import functional as F
+from maskevolve.edges import contrast_edges, patch_sums
 from maskevolve.mincut import grid_min_cut
 from maskevolve.shuffle import random_key, shuffle
 from maskevolve.twomeans import whole_images
@@ -80,36 +82,45 @@ def test_the_tree_of_parts_has_the_bits_of_the_cpu(patches):
         assert torch.equal(ours.labels.cpu(), expected.labels)
 
 
-def test_parts_do_not_wait_for_the_gpu_and_are_those_of_the_cpu():
+@pytest.mark.parametrize("images", [None, photographs(16, 224)], ids=["affinity", "contrast"])
+def test_parts_do_not_wait_for_the_gpu_and_are_those_of_the_cpu(images):
     _, affinity = planted_attention(16, 14, 14, 8, strength=0.5, noise=1, heads=4)
     partitioner, on_gpu = GraphCutPartitioner(), affinity.cuda()
-    partitioner(on_gpu)  # compiles
+    pictures = None if images is None else images.cuda()
+    partitioner(on_gpu, images=pictures)  # compiles
     with no_host_sync():
-        parts = partitioner(on_gpu)
-    different = int((parts.cpu() != GraphCutPartitioner()(affinity)).sum())
+        parts = partitioner(on_gpu, images=pictures)
+    different = int((parts.cpu() != GraphCutPartitioner()(affinity, images=images)).sum())
     assert different < 0.01 * parts.numel(), "rounding of features may move a few patches"
+
+
+def test_edges_from_contrast_have_the_bits_of_the_cpu():
+    images = photographs(16, 224)
+    expected = contrast_edges(patch_sums(images, (14, 14))[0], (14, 14), 16)
+    ours = contrast_edges(patch_sums(images.cuda(), (14, 14))[0], (14, 14), 16)
+    assert torch.equal(ours.cpu(), expected)
 
 
 def test_a_graph_replays_with_new_draws():
     masking, parts = EvolvingMask(10).set_epoch(4).cuda(), random_parts(8, 196).cuda()
     partitioner, affinity = GraphCutPartitioner(), torch.rand(8, 196, 196, device="cuda")
-    x = torch.randn(8, 196, 32, device="cuda")
+    images, x = torch.rand(8, 3, 224, 224, device="cuda"), torch.randn(8, 196, 32, device="cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
             masking(x, parts=parts)
-            partitioner(affinity)
+            partitioner(affinity, images=images)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        cut = partitioner(affinity)
+        cut = partitioner(affinity, images=images)
         mask = masking(x, parts=parts).mask
     graph.replay()
     first = mask.clone()
     graph.replay()
     assert not torch.equal(first, mask)
     assert (mask.sum(1) == 147).all()
-    assert torch.equal(cut, partitioner(affinity))
+    assert torch.equal(cut, partitioner(affinity, images=images))
 
 
 def test_compiles_whole_on_the_gpu():

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from test_tokens import TokensFirst
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from vits import MAE, make_vit
+from vits import MAE, make_vit, photographs
 
 from maskevolve import EMPartitioner, EvolvingMask, GraphCutPartitioner, PartTeacher
+from maskevolve.attention import attention_affinity, token_affinity
 
 
 def make_teacher(model, **options):
@@ -103,11 +106,67 @@ def test_layers_are_passed_on():
     assert not torch.equal(make_teacher(vit, layers=[0])(images), make_teacher(vit, layers=[-1])(images))
 
 
+def test_reads_tokens_unless_the_published_way_is_asked_for():
+    vit, images = make_vit(), photographs(2, 224)
+    partitioner, options = GraphCutPartitioner(), {"grid_size": (14, 14), "images": images}
+    expected = partitioner(token_affinity(vit, images), 40, **options)
+    assert torch.equal(make_teacher(vit)(images), expected)
+    assert torch.equal(make_teacher(vit, layers="tokens")(images), expected)
+    published = partitioner(attention_affinity(vit, images), 40, **options)
+    assert torch.equal(make_teacher(vit, layers=None)(images), published)
+    assert not torch.equal(expected, published)
+
+
+class OldCall(nn.Module):
+    """A partitioner that knows nothing of images."""
+
+    def forward(self, affinity, num_parts=None, grid_size=None):
+        self.got = (affinity.shape, num_parts, grid_size)
+        return torch.zeros(affinity.shape[:2], dtype=torch.long)
+
+
+class AnyCall(nn.Module):
+    """A partitioner that passes on what it gets."""
+
+    def forward(self, affinity, *args, **kwargs):
+        self.got = kwargs
+        return torch.zeros(affinity.shape[:2], dtype=torch.long)
+
+
+def test_images_go_to_partitioners_that_take_them():
+    vit, images = make_vit(), photographs(2, 224)
+    old, new = OldCall(), AnyCall()
+    PartTeacher(vit, old, total_epochs=10)(images)
+    assert old.got == ((2, 196, 196), 40, (14, 14))
+    PartTeacher(vit, new, total_epochs=10)(images)
+    assert torch.equal(new.got["images"], images)
+
+
+def test_partitioners_get_no_pixels_that_fill_no_patch():
+    model, partitioner, images = TokensFirst(2), AnyCall(), photographs(2, 64)[:, :, :44, :63]
+    PartTeacher(model, partitioner, total_epochs=10)(images)
+    assert torch.equal(partitioner.got["images"], images[:, :, :40, :56])
+    assert make_teacher(model)(images).shape == (2, 35)
+
+
+def test_partitioners_get_pixels_for_the_padding():
+    vit, partitioner = make_vit(dynamic_img_size=True, dynamic_img_pad=True), AnyCall()
+    images = photographs(2, 224)[:, :, :100, :220]
+    PartTeacher(vit, partitioner, total_epochs=10)(images)
+    seen = partitioner.got["images"]
+    assert seen.shape == (2, 3, 112, 224)
+    assert torch.equal(seen[..., :100, :220], images)
+    assert torch.equal(seen[..., 100:, :220], images[..., 99:, :].expand(-1, -1, 12, -1)), "no outline at the border"
+    assert make_teacher(vit)(images).shape == (2, 98)
+
+
 @pytest.mark.parametrize(
-    "options", [{"num_parts": (0, 5)}, {"num_parts": 10}, {"total_epochs": 0}, {"layers": 0}, {"layers": [99]}]
+    "options",
+    [{"num_parts": (0, 5)}, {"num_parts": 10}, {"total_epochs": 0}, {"layers": 0}, {"layers": [99]}, {"layers": "all"}],
 )
 def test_bad_settings(options):
-    with pytest.raises(ValueError, match=r"num_parts=(\(0, 5\)|10) must|total_epochs=0|layers=0 must|layer 99"):
+    match = r"num_parts=(\(0, 5\)|10) must|total_epochs=0|layers=0 must|layer 99|layers='all' must"
+    with pytest.raises(ValueError, match=match):
         make_teacher(MAE(), **options)
 
 

@@ -163,11 +163,12 @@ def test_a_level_is_a_few_launches(fused, monkeypatch):
         monkeypatch.setattr(module, name, ours)
     monkeypatch.setattr("maskevolve.mincut._check", lambda *grid: None)  # reads values, on a CPU only
     partitioner, affinity, counts = GraphCutPartitioner(solver="triton"), torch.rand(1, 196, 196), {}
-    for num_parts in (10, 40):
-        partitioner.hierarchy(affinity, num_parts)  # tables of neighbours
-        ours.count = 0
-        with Launches() as others:
-            partitioner.hierarchy(affinity, num_parts)
-        counts[num_parts] = ours.count + others.count.total()
-    assert counts[10] < 130
-    assert counts[40] - counts[10] < 15, "one level more"
+    for images in (None, torch.rand(1, 3, 224, 224)):
+        for num_parts in (10, 40):
+            partitioner.hierarchy(affinity, num_parts, images=images)  # tables of neighbours
+            ours.count = 0
+            with Launches() as others:
+                partitioner.hierarchy(affinity, num_parts, images=images)
+            counts[num_parts] = ours.count + others.count.total()
+        assert counts[10] < (130 if images is None else 230)
+        assert counts[40] - counts[10] < (15 if images is None else 40), "one level more"
