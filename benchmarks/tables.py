@@ -68,9 +68,9 @@ def teachers() -> str:
     def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
         found = {(row["name"], "time of a call"): _ratio(row) for row in rows}
         for row in rows:
-            for key in (key for key in row if key.startswith("found_after")):
-                score = f"{row[key]:.2f} ± {row[key.replace('found', 'error')]:.2f}"
-                found[row["name"], f"parts found after {key.split('_')[-1]} steps"] = score
+            for key in (key for key in row if key.startswith("index_")):
+                score = f"{row[key]:.3f} ± {row[key.replace('index', 'error')]:.3f}"
+                found[row["name"], f"{key.split('_')[-1]} epochs"] = score
         return found
 
     return by_machine("teachers", cells)
