@@ -47,7 +47,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--num-parts", type=int, nargs=2, default=(40, 10), help="in the first and the last epoch (default: 40 10)")
     add("--ema-decay", type=float, default=0.9999, help="of the teacher, a step (short runs want less than 0.9999)")
     read = "attention layers that the teacher reads (default: none, but tokens after the first block)"
-    add("--layers", type=int, nargs="+", default="tokens", help=read)
+    add("--layers", type=int, nargs="+", help=read)
     return parser
 
 
@@ -68,7 +68,8 @@ def evolve(
     masking = MASKS[options.mask](epochs)
     teacher = None
     if options.mask in ("part", "evolving"):
-        settings = {"num_parts": tuple(options.num_parts), "decay": options.ema_decay, "layers": options.layers}
+        settings = {"num_parts": tuple(options.num_parts), "decay": options.ema_decay}
+        settings["layers"] = options.layers or "tokens"
         teacher = PartTeacher(model, GraphCutPartitioner(), total_epochs=epochs, **settings)
     evolution = apply(model, masking, teacher)
     # Not called where a GradScaler skips the step.
