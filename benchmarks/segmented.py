@@ -5,6 +5,8 @@ The folder has the layout of BSDS500 and COCO as they lie in `shared/data`, for 
     FOLDER/NAME.jpg                          a picture
     FOLDER/NAME.png                          its label map, 8 or 16 bits: 0 is unlabelled and left out; or
     FOLDER/NAME_a0.png, NAME_a1.png, ...     a label map a person, whose numbers have no meaning, 0 included
+
+A label map where nothing is labelled is left out.
 """
 
 from __future__ import annotations
@@ -17,8 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from sklearn.metrics import adjusted_rand_score, v_measure_score
-from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -55,6 +55,7 @@ def read(path: Path, size: int) -> Segmented:
     if path.with_suffix(".png").exists():
         labels = read_labels(path.with_suffix(".png"), square, size)
         people.append(np.where(labels == 0, UNLABELLED, labels))
+    people = [labels for labels in people if (labels != UNLABELLED).any()]
     return Segmented(path.stem, image.float() / 255, people)
 
 
@@ -65,42 +66,69 @@ def read_labels(path: Path, square: list[int], size: int) -> Labels:
     return v2.functional.resize(labels, [size, size], v2.InterpolationMode.NEAREST_EXACT)[0].numpy()
 
 
-def agreement(parts: Labels, people: Sequence[Labels]) -> dict[str, list[float]]:
+def agreement(parts: Labels, people: Sequence[Labels], grid: tuple[int, int] | None = None) -> dict[str, list[float]]:
     """How well a partition agrees with each person.
 
     Args:
         parts: [height, width] labels, on any grid that divides that of the people.
-        people: [size, size] labels each.
+        people: [size, size] labels each, at least one pixel of which is labelled.
+        grid: where outlines are compared, a grid that divides that of the parts; that of the parts where None.
 
     Returns:
         For each of MEASURES a number a person, all in [0, 1] but for the index, which chance makes 0:
         `index`: adjusted Rand index. `v`: V-measure. `covering`: achievable segmentation accuracy, the share of pixels
-        that lie in the segment which covers most of their part. `recall`: share of the person's outlines, on the grid
-        of the parts, that lie on an outline of the parts.
+        that lie in the segment which covers most of their part. `recall`: share of the person's outlines, on the grid,
+        that lie on an outline of the parts.
     """
+    grid = parts.shape if grid is None else grid
+    outlined = majority(parts, grid)
     scores: dict[str, list[float]] = {measure: [] for measure in MEASURES}
     for person in people:
         rows, columns = (side // cells for side, cells in zip(person.shape, parts.shape, strict=True))
         pixels = parts.repeat(rows, 0).repeat(columns, 1)
         known = person != UNLABELLED
-        if not known.any():
-            continue
-        pair = person[known], pixels[known]
-        table = contingency_matrix(*pair)
-        scores["index"].append(adjusted_rand_score(*pair))
-        scores["v"].append(v_measure_score(*pair))
-        scores["covering"].append(table.max(0).sum() / table.sum())
-        scores["recall"].append(boundary_recall(parts, majority(person, parts.shape)))
+        table = contingency(pixels[known], person[known])
+        scores["index"].append(adjusted_rand_index(table))
+        scores["v"].append(v_measure(table))
+        scores["covering"].append(float(table.max(1).sum() / table.sum()))
+        scores["recall"].append(boundary_recall(outlined, majority(person, grid)))
     return scores
 
 
+def contingency(first: Labels, second: Labels) -> Labels:
+    """How many pixels have each pair of labels: a row for each label of the first, a column for each of the second."""
+    rows, first = np.unique(first, return_inverse=True)
+    columns, second = np.unique(second, return_inverse=True)
+    counts = np.bincount(first.ravel() * len(columns) + second.ravel(), minlength=len(rows) * len(columns))
+    return counts.reshape(len(rows), len(columns))
+
+
+def adjusted_rand_index(table: Labels) -> float:
+    """From the pairs of pixels that both put together, that one of them does, and that one would by chance."""
+    both, first, second, every = (
+        int((counts * (counts - 1) // 2).sum()) for counts in (table, table.sum(1), table.sum(0), table.sum()[None])
+    )
+    if first + second == 2 * both:  # the same partition, perhaps of one pixel
+        return 1.0
+    return 2 * (every * both - first * second) / (every * (first + second) - 2 * first * second)
+
+
+def v_measure(table: Labels) -> float:
+    """Mutual information over the mean of the two entropies; 1 where both have one label."""
+    first, second = entropy(table.sum(1)), entropy(table.sum(0))
+    return 2 * max(first + second - entropy(table), 0.0) / (first + second) if first + second else 1.0
+
+
+def entropy(counts: Labels) -> float:
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
 def majority(labels: Labels, grid: tuple[int, int]) -> Labels:
-    """[size, size] labels of pixels to those of patches: the one that most pixels of a patch have."""
+    """[size, size] labels of pixels to those of patches: what most pixels of a patch have, the least of ties."""
     rows, columns = (side // cells for side, cells in zip(labels.shape, grid, strict=True))
-    values, numbered = np.unique(labels, return_inverse=True)
-    onehot = np.eye(len(values))[numbered.reshape(labels.shape)]
-    counts = onehot.reshape(grid[0], rows, grid[1], columns, -1).sum((1, 3))
-    return values[counts.argmax(-1)]
+    patch = np.arange(grid[0] * grid[1]).reshape(grid).repeat(rows, 0).repeat(columns, 1)
+    return np.unique(labels)[contingency(patch, labels).argmax(1)].reshape(grid)
 
 
 def boundary_recall(parts: Labels, person: Labels) -> float:
