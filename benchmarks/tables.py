@@ -13,12 +13,13 @@ from typing import Any
 
 README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "results"
+PLANTED = "attention, all layers"  # where planted parts stand in the table
 NOT_MEASURED = "No GPU was at hand: these figures are still to be measured on one."
 
 
 def render(text: str) -> str:
     """The README with each table between its two markers made anew."""
-    tables = {"masks": masks, "partition": partition, "step": step, "teachers": teachers}
+    tables = {"masks": masks, "partition": partition, "step": step, "teachers": teachers, "parts": parts}
 
     def replace(found: re.Match[str]) -> str:
         return f"<!-- {found[1]} -->\n{tables[found[1]]()}\n<!-- end -->"
@@ -74,6 +75,23 @@ def teachers() -> str:
         return found
 
     return by_machine("teachers", cells)
+
+
+def parts() -> str:
+    """Agreement with people on real pictures, by row: index with its standard error, covering, recall, connected."""
+
+    def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
+        found = {}
+        for row in rows:
+            source = PLANTED if row["column"] == "planted" else row["source"]
+            name = ": ".join(filter(None, (row["name"], source)))
+            found[name, row["column"]] = f"{row['index']:.3f} ± {row['index_error']:.3f}"
+            if row["column"] == "bsds/test":
+                found |= {(name, measure): f"{row[measure]:.2f}" for measure in ("covering", "recall", "connected")}
+                found[name, "parts"] = f"{row['parts']:.1f}"
+        return found
+
+    return by_machine("part_quality", cells)
 
 
 def by_machine(name: str, cells: Callable[[list[Any]], dict[tuple[str, str], str]]) -> str:
