@@ -71,9 +71,8 @@ def attention_affinity(model: nn.Module, images: Tensor, layers: Sequence[int] |
 def token_affinity(model: nn.Module, images: Tensor) -> Tensor:
     """Cosine similarity of the patches' tokens where the second attention layer reads them, less their mean.
 
-    So it needs one block of the model and nothing after it. Parts that are cut from it follow what people see in real
-    pictures as well as those from deeper tokens or from the attention of all layers, or better: see
-    benchmarks/teachers.py.
+    So it needs one block of the model and nothing after it. For a small MAE, parts that were cut from it agreed with
+    people's on BSDS500 val within 0.01 of the best source at every stage of training: see benchmarks/teachers.py.
 
     Args:
         model: see `attention_affinity`. Where it has one attention layer only, the tokens are those that this reads.

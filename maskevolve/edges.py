@@ -61,8 +61,8 @@ def contrast_edges(sums: Tensor, grid: tuple[int, int], smoothness: float) -> Te
     """Capacities that fall with the contrast of the picture: smoothness / (1 + contrast) ** 6.
 
     Contrast is the squared difference between the mean values of two patches, 1 on average over the picture. That of
-    brightness (the mean over the channels) and that of colour (the variance over them) weigh alike, for brightness
-    varies more within things than colour does. Each channel is measured by its own root mean square difference.
+    brightness (the mean over the channels) and that of colour (the variance over them) weigh alike. Each channel is
+    measured by its own root mean square difference.
 
     Args:
         sums: [B, C, N] int64: see `patch_sums`.
