@@ -30,7 +30,7 @@ MODELS = {  # image size, patch size, width, depth, heads, depth of the decoder
     "base": (224, 16, 768, 12, 12, 8),
 }
 LAYERS = {  # that the teacher reads
-    "evolving": "tokens",  # the default: tokens after the first block
+    "evolving": "tokens",  # the default: tokens before the first block
     "evolving, attention of the first layer": [0],
     "evolving, attention of all layers": None,
 }

@@ -9,7 +9,6 @@ a run that was stopped goes on with the stages that are there.
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from maskevolve.attention import attention_affinity, token_affinity
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from mae import MaskedAutoencoder
 
-DEFAULT = "tokens after the first block: the default"
+DEFAULT = "tokens before the first block: the default"
 SIZE, PATCH, WIDTH, DEPTH, HEADS = 64, 8, 128, 6, 4
 SEEN, GRID, NUM_PARTS, BATCH = 128, 16, 10, 16  # pictures are cut at 128 pixels
 DRAWN = 256  # pixels of the people's label maps
@@ -80,21 +79,13 @@ def sources(vit: nn.Module) -> dict[str, Source]:
     """Images to an affinity, by what is read."""
     return {
         DEFAULT: partial(token_affinity, vit),
-        "tokens before the first block": partial(token_affinity, first_block_of(vit)),
-        **{f"tokens after block {n}": partial(deep_tokens, vit, n) for n in (2, 3, 5)},
+        **{f"tokens after block {n}": partial(deep_tokens, vit, n) for n in (1, 2, 3, 5)},
         **{f"keys of block {n}": partial(keys, vit, n - 1) for n in (1, 4)},
         **{f"attention of layer {n}": partial(attention_affinity, vit, layers=[n - 1]) for n in (1, 2, 3, 6)},
         "attention of all layers: published": partial(attention_affinity, vit),
         "attention of all layers and tokens": lambda images: blend(attention_affinity(vit, images), images, vit),
         "no model: mean colours": colours,
     }
-
-
-def first_block_of(vit: nn.Module) -> nn.Module:
-    """The model with one block, of which `token_affinity` reads what comes in."""
-    short = copy.copy(vit)
-    short._modules = {**vit._modules, "blocks": vit.blocks[:1]}
-    return short
 
 
 @torch.no_grad()

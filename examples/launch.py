@@ -46,7 +46,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--mask", choices=[*MASKS, "own"], default="evolving", help="own: what the script does without us")
     add("--num-parts", type=int, nargs=2, default=(40, 10), help="in the first and the last epoch (default: 40 10)")
     add("--ema-decay", type=float, default=0.9999, help="of the teacher, a step (short runs want less than 0.9999)")
-    read = "attention layers that the teacher reads (default: none, but tokens after the first block)"
+    read = "attention layers that the teacher reads (default: none, but tokens before the first block)"
     add("--layers", type=int, nargs="+", help=read)
     return parser
 

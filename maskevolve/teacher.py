@@ -34,8 +34,8 @@ class PartTeacher(nn.Module):
         total_epochs: length of training, in epochs.
         num_parts: number of parts in the first and in the last epoch; it changes linearly.
         decay: of the moving average, for each update; short runs want less than 0.9999.
-        layers: what is read from the average. "tokens", the tokens after its first block (`token_affinity`), costs
-            least. None is the published way: the attention of all layers. A list names the attention layers, counted
+        layers: what is read from the average. "tokens", the tokens before its first block (`token_affinity`),
+            costs least. None is the published way: the attention of all layers. A list names the attention layers, counted
             from 0 or, below 0, from the end. What comes after the last layer that is read is not computed.
 
     Shape:
