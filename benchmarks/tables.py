@@ -115,6 +115,8 @@ def by_machine(name: str, cells: Callable[[list[Any]], dict[tuple[str, str], str
 def _ratio(row: Any) -> str:
     if row["ratio_low"] == row["ratio_high"] == 1:  # what the others are set against
         return f"1, {row['milliseconds']:{'.0f' if row['milliseconds'] > 100 else '.3g'}} ms"
+    if row["ratio_low"] is None:  # the spread was not measured
+        return f"{row['ratio']:.2f}"
     return f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
 
 
