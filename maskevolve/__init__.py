@@ -3,6 +3,7 @@
 from .functional import MaskedPatches
 from .masks import BlockMask, EvolvingMask, GridMask, PartMask, RandomMask
 from .partition import EMPartitioner, GraphCutPartitioner
+from .segmentation import parts_from_segmentation
 from .teacher import PartTeacher
 
 __version__ = "0.1.0"
@@ -17,4 +18,5 @@ __all__ = [
     "PartMask",
     "PartTeacher",
     "RandomMask",
+    "parts_from_segmentation",
 ]
