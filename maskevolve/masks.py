@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
+from .checks import check_grid, check_whole
 from .functional import GridSize, MaskedPatches, Scores
 from .schedule import alpha_at, clamp_epoch
 
@@ -95,6 +96,46 @@ class Masking(nn.Module):
         x, grid_size = self._flatten(x)
         scores = self.draw(x.shape[0], grid_size, parts, device=x.device, generator=generator)
         return F.mask_patches(x, scores, mask_ratio, generator=generator)
+
+    def sample(
+        self,
+        batch_size: int,
+        grid_size: GridSize,
+        mask_ratio: float = 0.75,
+        *,
+        parts: Tensor | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The mask alone: what BEiT and SimMIM take as `bool_masked_pos`.
+
+        Args:
+            batch_size: number of images B.
+            grid_size: the side of a square patch grid, or (H, W), in patches.
+            mask_ratio: share of patches to remove, in [0, 1); ``N - int(N * (1 - mask_ratio))`` of them are.
+            parts: [B, N] integers >= 0, the part of each patch; only for masks that need parts.
+            device: where to draw; that of `parts`, else torch's default device, where None.
+            generator: source of randomness, on the same device; torch's default one where None.
+
+        Returns:
+            [B, N] bool, True where a patch is removed: the draws that `forward` makes from the same state.
+
+        Raises:
+            ValueError: as `forward`.
+
+        Example:
+            >>> GridMask().sample(2, (14, 14), mask_ratio=0.5).sum(1)
+            tensor([98, 98])
+        """
+        check_whole("batch_size", batch_size, 0, "the number of images")
+        height, width = check_grid(grid_size)
+        if self.grid_size is not None and (height, width) != check_grid(self.grid_size):
+            raise ValueError(f"grid_size={grid_size!r} is not that of this mask, {self.grid_size!r}")
+        if device is None and parts is not None:
+            device = parts.device
+        patches = torch.empty(batch_size, height, width, 1, device=device)  # stand in for tokens
+        mask = self.forward(patches, mask_ratio, parts=parts, generator=generator).mask
+        return mask > 0
 
     def _flatten(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         if x.ndim == 3:
