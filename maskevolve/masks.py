@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .checks import check_grid, check_whole
+from .checks import check_grid, check_range, check_whole
 from .functional import GridSize, MaskedPatches, Scores
 from .schedule import alpha_at, clamp_epoch
 
@@ -29,6 +29,8 @@ class Masking(nn.Module):
 
     def __init__(self, grid_size: GridSize | None = None) -> None:
         super().__init__()
+        if grid_size is not None:
+            check_grid(grid_size)
         self.grid_size = grid_size
 
     @property
@@ -59,8 +61,9 @@ class Masking(nn.Module):
         """
         if device is None and parts is not None:
             device = parts.device
-        pair = (grid_size, grid_size) if isinstance(grid_size, int) else (grid_size[0], grid_size[1])
-        return F.compute_scores(self.draw(batch_size, pair, parts, device=device, generator=generator))
+        check_whole("batch_size", batch_size, 0, "the number of images")
+        scores = self.draw(batch_size, check_grid(grid_size), parts, device=device, generator=generator)
+        return F.compute_scores(scores)
 
     def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
         """What `scores` returns, or the recipe for it, for subclasses to write.
@@ -192,11 +195,8 @@ class GridMask(Masking):
 
     def __init__(self, period: int = 2, *, grid_size: GridSize | None = None) -> None:
         super().__init__(grid_size)
-        if not isinstance(period, int) or period < 1:
-            raise ValueError(
-                f"period={period!r} must be a whole number of at least 1: the side of the pattern, in patches"
-            )
-        self.period = period
+        check_whole("period", period, 1, "the side of the pattern, in patches")
+        self.period = int(period)
 
     def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
         return F.grid_draws(batch_size, grid_size, period=self.period, **source)
@@ -230,13 +230,10 @@ class BlockMask(Masking):
         grid_size: GridSize | None = None,
     ) -> None:
         super().__init__(grid_size)
-        if not isinstance(num_blocks, int) or num_blocks < 1:
-            raise ValueError(f"num_blocks={num_blocks!r} must be a whole number of at least 1")
-        if not 0 < area[0] <= area[1] <= 1:
-            raise ValueError(f"area={area} must be (least, greatest) with 0 < least <= greatest <= 1")
-        if not 0 < aspect[0] <= aspect[1]:
-            raise ValueError(f"aspect={aspect} must be (least, greatest) with 0 < least <= greatest")
-        self.num_blocks, self.area, self.aspect = num_blocks, area, aspect
+        check_whole("num_blocks", num_blocks, 1, "the rectangles for each image")
+        check_range("area", area, "(least, greatest) with 0 < least <= greatest <= 1", 1)
+        check_range("aspect", aspect, "(least, greatest) with 0 < least <= greatest")
+        self.num_blocks, self.area, self.aspect = int(num_blocks), area, aspect
 
     def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
         shape: dict[str, Any] = {"num_blocks": self.num_blocks, "area": self.area, "aspect": self.aspect}
@@ -318,7 +315,8 @@ class EvolvingMask(Masking):
         for name, mask in (("start", start), ("end", end)):
             if not isinstance(mask, nn.Module):
                 raise TypeError(f"{name}={mask!r} is no mask: pass an instance, such as {name}=BlockMask()")
-        super().__init__(grid_size or getattr(start, "grid_size", None) or getattr(end, "grid_size", None))
+        ends = getattr(start, "grid_size", None) or getattr(end, "grid_size", None)
+        super().__init__(ends if grid_size is None else grid_size)
         alpha_at(0, total_epochs, power)  # refuses a bad total_epochs here, not an epoch later
         self.start, self.end = start, end
         self.total_epochs, self.power = total_epochs, power

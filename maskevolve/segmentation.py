@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .checks import WHOLE, check_grid
+from .checks import check_grid, is_whole
 from .functional import GridSize
 
 __all__ = ["parts_from_segmentation"]
@@ -96,5 +96,5 @@ def _check(labels: Tensor, ignore: int | None) -> None:
             f"labels has shape {list(labels.shape)}, but must be [B, height, width], one label for each pixel: use "
             "labels[None] for one image, labels[:, 0] where there is a channel"
         )
-    if ignore is not None and (not isinstance(ignore, WHOLE) or isinstance(ignore, bool)):
+    if ignore is not None and not is_whole(ignore):
         raise ValueError(f"ignore={ignore!r} must be one label, a whole number, or None")
