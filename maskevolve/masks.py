@@ -25,6 +25,18 @@ class Masking(nn.Module):
 
     Args:
         grid_size: the side of a square patch grid, or (H, W), in patches; inferred from x where None.
+
+    Example:
+        Cells of 2 x 2 patches at random, as Pixio has them:
+
+        >>> class CellMask(Masking):
+        ...     def draw(self, batch_size, grid_size, parts, **source):
+        ...         height, width = grid_size
+        ...         cells = torch.rand(batch_size, -(-height // 2), -(-width // 2), **source)
+        ...         return cells.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :height, :width].flatten(1)
+        >>> mask = CellMask()(torch.randn(2, 256, 8), 0.75).mask.view(2, 16, 16)
+        >>> bool((mask[:, ::2, ::2] == mask[:, 1::2, 1::2]).all()), mask.sum((1, 2))
+        (True, tensor([192., 192.]))
     """
 
     def __init__(self, grid_size: GridSize | None = None) -> None:
