@@ -35,6 +35,8 @@ class PartHierarchy(NamedTuple):
     """[B, N] int64: the deepest node that holds each patch."""
     order: Tensor
     """[B, 2 ** depth] int64: the place of each inner node among the splits, best first; 2 ** depth for no split."""
+    num_parts: int
+    """The number of parts that the solve was asked for."""
 
     def cut(self, num_parts: int) -> Tensor:
         """The partition that the best `num_parts - 1` splits give, a child never before its parent.
@@ -46,12 +48,20 @@ class PartHierarchy(NamedTuple):
             parts [B, N] int64: labels 0..k-1 without gaps in each image, k <= K; fewer if the data has no more.
             Every cut(K) is a coarsening of cut(K + 1).
 
+        Raises:
+            ValueError: where num_parts is no whole number, below 1, or above that of the hierarchy.
+
         Example:
             >>> affinity = torch.block_diag(torch.ones(8, 8), torch.ones(8, 8))[None]
             >>> GraphCutPartitioner().hierarchy(affinity).cut(2)
             tensor([[0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]])
         """
         num_parts = _whole(num_parts)
+        if num_parts > self.num_parts:
+            raise ValueError(
+                f"num_parts={num_parts} is more than the {self.num_parts} parts that this hierarchy was made for: make it "
+                f"with hierarchy(affinity, num_parts={num_parts})"
+            )
         depth = self.order.shape[1].bit_length() - 1
         # The splits that are made lie on the way from the root: their number is the depth of a patch's part.
         ancestors = self.leaves[..., None] >> torch.arange(depth, 0, -1, device=self.leaves.device)
@@ -180,7 +190,7 @@ class GraphCutPartitioner(_Partitioner):
         """Every nested partition up to `num_parts` parts from one solve: see `forward` for the arguments.
 
         Returns:
-            PartHierarchy: ``.cut(K)`` is the partition into at most K parts.
+            PartHierarchy: ``.cut(K)`` is the partition into at most K parts, for every K up to num_parts.
         """
         num_parts = self.num_parts if num_parts is None else _whole(num_parts)
         with torch.autocast(affinity.device.type, enabled=False):
@@ -195,7 +205,7 @@ class GraphCutPartitioner(_Partitioner):
                 sides = grid_min_cut(*grids, solver=self.solver).flatten(1)
                 gains.append(parts.split(sides))
                 edges *= neighbours_at(grid, sides) == sides[:, None]
-            return PartHierarchy(parts.labels + (1 << len(gains)), _split_order(gains, num_parts - 1))
+            return PartHierarchy(parts.labels + (1 << len(gains)), _split_order(gains, num_parts - 1), num_parts)
 
     def _edges(self, affinity: Tensor, grid: tuple[int, int], images: Tensor | None) -> Tensor:
         if images is None:
