@@ -1,8 +1,9 @@
 """Masks that evolve from a grid to object parts, for any MAE code base."""
 
 from .functional import MaskedPatches
-from .masks import BlockMask, EvolvingMask, GridMask, PartMask, RandomMask
-from .partition import EMPartitioner, GraphCutPartitioner
+from .masks import BlockMask, EvolvingMask, GridMask, Masking, PartMask, RandomMask
+from .partition import EMPartitioner, GraphCutPartitioner, PartHierarchy
+from .segmentation import parts_from_segmentation
 from .teacher import PartTeacher
 
 __version__ = "0.1.0"
@@ -14,7 +15,10 @@ __all__ = [
     "GraphCutPartitioner",
     "GridMask",
     "MaskedPatches",
+    "Masking",
+    "PartHierarchy",
     "PartMask",
     "PartTeacher",
     "RandomMask",
+    "parts_from_segmentation",
 ]

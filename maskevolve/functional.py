@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_grid, is_number
 from .shuffle import Blend, GroupDraws, Scores, compute_scores, random_key, shuffle, take
 
 __all__ = [
@@ -70,7 +71,7 @@ def resolve_grid(num_patches: int, grid_size: GridSize | None) -> tuple[int, int
                 ", to a mask when you make it (or give it x as [B, H, W, D]), to anything else when you call it"
             )
         return side, side
-    height, width = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
+    height, width = check_grid(grid_size)
     if height * width != num_patches:
         raise ValueError(
             f"grid_size={grid_size!r} has {height} x {width} = {height * width} patches, but there are N={num_patches}"
@@ -89,12 +90,17 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
         Number of patches that stay, at least 1.
 
     Raises:
-        ValueError: where mask_ratio is outside [0, 1) or so high that nothing stays.
+        ValueError: where mask_ratio is no number, outside [0, 1), or so high that nothing stays.
 
     Example:
         >>> num_visible(196, 0.75)
         49
     """
+    if not is_number(mask_ratio):
+        raise ValueError(
+            f"mask_ratio={mask_ratio!r} is no number in [0, 1): it is the share of patches to remove, the same for all "
+            "images of a batch"
+        )
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"mask_ratio={mask_ratio} is outside [0, 1): it is the share of patches to remove")
     keep = int(num_patches * (1 - mask_ratio))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
+from .checks import check_grid, check_range, check_whole
 from .functional import GridSize, MaskedPatches, Scores
 from .schedule import alpha_at, clamp_epoch
 
@@ -24,10 +25,24 @@ class Masking(nn.Module):
 
     Args:
         grid_size: the side of a square patch grid, or (H, W), in patches; inferred from x where None.
+
+    Example:
+        Cells of 2 x 2 patches at random, as Pixio has them:
+
+        >>> class CellMask(Masking):
+        ...     def draw(self, batch_size, grid_size, parts, **source):
+        ...         height, width = grid_size
+        ...         cells = torch.rand(batch_size, -(-height // 2), -(-width // 2), **source)
+        ...         return cells.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :height, :width].flatten(1)
+        >>> mask = CellMask()(torch.randn(2, 256, 8), 0.75).mask.view(2, 16, 16)
+        >>> bool((mask[:, ::2, ::2] == mask[:, 1::2, 1::2]).all()), mask.sum((1, 2))
+        (True, tensor([192., 192.]))
     """
 
     def __init__(self, grid_size: GridSize | None = None) -> None:
         super().__init__()
+        if grid_size is not None:
+            check_grid(grid_size)
         self.grid_size = grid_size
 
     @property
@@ -58,8 +73,9 @@ class Masking(nn.Module):
         """
         if device is None and parts is not None:
             device = parts.device
-        pair = (grid_size, grid_size) if isinstance(grid_size, int) else (grid_size[0], grid_size[1])
-        return F.compute_scores(self.draw(batch_size, pair, parts, device=device, generator=generator))
+        check_whole("batch_size", batch_size, 0, "the number of images")
+        scores = self.draw(batch_size, check_grid(grid_size), parts, device=device, generator=generator)
+        return F.compute_scores(scores)
 
     def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
         """What `scores` returns, or the recipe for it, for subclasses to write.
@@ -95,6 +111,46 @@ class Masking(nn.Module):
         x, grid_size = self._flatten(x)
         scores = self.draw(x.shape[0], grid_size, parts, device=x.device, generator=generator)
         return F.mask_patches(x, scores, mask_ratio, generator=generator)
+
+    def sample(
+        self,
+        batch_size: int,
+        grid_size: GridSize,
+        mask_ratio: float = 0.75,
+        *,
+        parts: Tensor | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The mask alone: what BEiT and SimMIM take as `bool_masked_pos`.
+
+        Args:
+            batch_size: number of images B.
+            grid_size: the side of a square patch grid, or (H, W), in patches.
+            mask_ratio: share of patches to remove, in [0, 1); ``N - int(N * (1 - mask_ratio))`` of them are.
+            parts: [B, N] integers >= 0, the part of each patch; only for masks that need parts.
+            device: where to draw; that of `parts`, else torch's default device, where None.
+            generator: source of randomness, on the same device; torch's default one where None.
+
+        Returns:
+            [B, N] bool, True where a patch is removed: the draws that `forward` makes from the same state.
+
+        Raises:
+            ValueError: as `forward`.
+
+        Example:
+            >>> GridMask().sample(2, (14, 14), mask_ratio=0.5).sum(1)
+            tensor([98, 98])
+        """
+        check_whole("batch_size", batch_size, 0, "the number of images")
+        height, width = check_grid(grid_size)
+        if self.grid_size is not None and (height, width) != check_grid(self.grid_size):
+            raise ValueError(f"grid_size={grid_size!r} is not that of this mask, {self.grid_size!r}")
+        if device is None and parts is not None:
+            device = parts.device
+        patches = torch.empty(batch_size, height, width, 1, device=device)  # stand in for tokens
+        mask = self.forward(patches, mask_ratio, parts=parts, generator=generator).mask
+        return mask > 0
 
     def _flatten(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         if x.ndim == 3:
@@ -151,11 +207,8 @@ class GridMask(Masking):
 
     def __init__(self, period: int = 2, *, grid_size: GridSize | None = None) -> None:
         super().__init__(grid_size)
-        if not isinstance(period, int) or period < 1:
-            raise ValueError(
-                f"period={period!r} must be a whole number of at least 1: the side of the pattern, in patches"
-            )
-        self.period = period
+        check_whole("period", period, 1, "the side of the pattern, in patches")
+        self.period = int(period)
 
     def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
         return F.grid_draws(batch_size, grid_size, period=self.period, **source)
@@ -189,13 +242,10 @@ class BlockMask(Masking):
         grid_size: GridSize | None = None,
     ) -> None:
         super().__init__(grid_size)
-        if not isinstance(num_blocks, int) or num_blocks < 1:
-            raise ValueError(f"num_blocks={num_blocks!r} must be a whole number of at least 1")
-        if not 0 < area[0] <= area[1] <= 1:
-            raise ValueError(f"area={area} must be (least, greatest) with 0 < least <= greatest <= 1")
-        if not 0 < aspect[0] <= aspect[1]:
-            raise ValueError(f"aspect={aspect} must be (least, greatest) with 0 < least <= greatest")
-        self.num_blocks, self.area, self.aspect = num_blocks, area, aspect
+        check_whole("num_blocks", num_blocks, 1, "the rectangles for each image")
+        check_range("area", area, "(least, greatest) with 0 < least <= greatest <= 1", 1)
+        check_range("aspect", aspect, "(least, greatest) with 0 < least <= greatest")
+        self.num_blocks, self.area, self.aspect = int(num_blocks), area, aspect
 
     def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
         shape: dict[str, Any] = {"num_blocks": self.num_blocks, "area": self.area, "aspect": self.aspect}
@@ -277,7 +327,8 @@ class EvolvingMask(Masking):
         for name, mask in (("start", start), ("end", end)):
             if not isinstance(mask, nn.Module):
                 raise TypeError(f"{name}={mask!r} is no mask: pass an instance, such as {name}=BlockMask()")
-        super().__init__(grid_size or getattr(start, "grid_size", None) or getattr(end, "grid_size", None))
+        ends = getattr(start, "grid_size", None) or getattr(end, "grid_size", None)
+        super().__init__(ends if grid_size is None else grid_size)
         alpha_at(0, total_epochs, power)  # refuses a bad total_epochs here, not an epoch later
         self.start, self.end = start, end
         self.total_epochs, self.power = total_epochs, power

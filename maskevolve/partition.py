@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checks import check_number, check_whole
 from .edges import affinity_edges, contrast_edges, neighbours_at, or_one, patch_sums
 from .functional import GridSize, resolve_grid
 from .mincut import SOLVERS, grid_min_cut
@@ -34,6 +35,8 @@ class PartHierarchy(NamedTuple):
     """[B, N] int64: the deepest node that holds each patch."""
     order: Tensor
     """[B, 2 ** depth] int64: the place of each inner node among the splits, best first; 2 ** depth for no split."""
+    num_parts: int
+    """The number of parts that the solve was asked for."""
 
     def cut(self, num_parts: int) -> Tensor:
         """The partition that the best `num_parts - 1` splits give, a child never before its parent.
@@ -45,12 +48,20 @@ class PartHierarchy(NamedTuple):
             parts [B, N] int64: labels 0..k-1 without gaps in each image, k <= K; fewer if the data has no more.
             Every cut(K) is a coarsening of cut(K + 1).
 
+        Raises:
+            ValueError: where num_parts is no whole number, below 1, or above that of the hierarchy.
+
         Example:
             >>> affinity = torch.block_diag(torch.ones(8, 8), torch.ones(8, 8))[None]
             >>> GraphCutPartitioner().hierarchy(affinity).cut(2)
             tensor([[0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]])
         """
-        _check_num_parts(num_parts)
+        num_parts = _whole(num_parts)
+        if num_parts > self.num_parts:
+            raise ValueError(
+                f"num_parts={num_parts} is more than the {self.num_parts} parts that this hierarchy was made for: make it "
+                f"with hierarchy(affinity, num_parts={num_parts})"
+            )
         depth = self.order.shape[1].bit_length() - 1
         # The splits that are made lie on the way from the root: their number is the depth of a patch's part.
         ancestors = self.leaves[..., None] >> torch.arange(depth, 0, -1, device=self.leaves.device)
@@ -64,8 +75,7 @@ class _Partitioner(nn.Module):
 
     def __init__(self, num_parts: int) -> None:
         super().__init__()
-        _check_num_parts(num_parts)
-        self.num_parts = num_parts
+        self.num_parts = _whole(num_parts)
         self._warned: set[str] = set()
         self._bad: dict[str, Tensor] = {}  # how many values were NaN or inf, where the host can see it
 
@@ -136,8 +146,8 @@ class GraphCutPartitioner(_Partitioner):
 
     def __init__(self, num_parts: int = 10, *, smoothness: float | None = None, solver: str = "auto") -> None:
         super().__init__(num_parts)
-        if smoothness is not None and not smoothness >= 0:
-            raise ValueError(f"smoothness={smoothness} must not be negative")
+        if smoothness is not None:
+            check_number("smoothness", smoothness, "a number of at least 0, or None")
         if solver not in SOLVERS:
             raise ValueError(f"solver={solver!r} is not one of {', '.join(map(repr, SOLVERS))}")
         self.smoothness, self.solver = smoothness, solver
@@ -180,10 +190,9 @@ class GraphCutPartitioner(_Partitioner):
         """Every nested partition up to `num_parts` parts from one solve: see `forward` for the arguments.
 
         Returns:
-            PartHierarchy: ``.cut(K)`` is the partition into at most K parts.
+            PartHierarchy: ``.cut(K)`` is the partition into at most K parts, for every K up to num_parts.
         """
-        num_parts = self.num_parts if num_parts is None else num_parts
-        _check_num_parts(num_parts)
+        num_parts = self.num_parts if num_parts is None else _whole(num_parts)
         with torch.autocast(affinity.device.type, enabled=False):
             affinity = self._clean(affinity)
             affinity = affinity + affinity.mT
@@ -196,7 +205,7 @@ class GraphCutPartitioner(_Partitioner):
                 sides = grid_min_cut(*grids, solver=self.solver).flatten(1)
                 gains.append(parts.split(sides))
                 edges *= neighbours_at(grid, sides) == sides[:, None]
-            return PartHierarchy(parts.labels + (1 << len(gains)), _split_order(gains, num_parts - 1))
+            return PartHierarchy(parts.labels + (1 << len(gains)), _split_order(gains, num_parts - 1), num_parts)
 
     def _edges(self, affinity: Tensor, grid: tuple[int, int], images: Tensor | None) -> Tensor:
         if images is None:
@@ -235,6 +244,8 @@ class EMPartitioner(_Partitioner):
 
     def __init__(self, num_parts: int = 10, *, steps: int = 15, kappa: float = 40.0) -> None:
         super().__init__(num_parts)
+        check_whole("steps", steps, 0, "the EM steps")
+        check_number("kappa", kappa, "a number of at least 0: the scale of the kernel")
         self.steps, self.kappa = steps, kappa
 
     @torch.no_grad()
@@ -244,8 +255,7 @@ class EMPartitioner(_Partitioner):
         Returns:
             parts [B, N] int64: labels 0..k-1 without gaps in each image, k <= K.
         """
-        num_parts = self.num_parts if num_parts is None else num_parts
-        _check_num_parts(num_parts)
+        num_parts = self.num_parts if num_parts is None else _whole(num_parts)
         with torch.autocast(affinity.device.type, enabled=False):
             affinity = self._clean(affinity).float()
             resolve_grid(affinity.shape[1], grid_size)
@@ -329,6 +339,6 @@ def _check_images(images: Tensor, affinity: Tensor, grid: tuple[int, int]) -> No
         raise ValueError(f"images has dtype {images.dtype}, but must be of a float or integer type")
 
 
-def _check_num_parts(num_parts: int) -> None:
-    if num_parts < 1:
-        raise ValueError(f"num_parts={num_parts} must be at least 1")
+def _whole(num_parts: int) -> int:
+    check_whole("num_parts", num_parts, 1, "how many parts to cut an image into")
+    return int(num_parts)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+from .checks import is_number
+
 __all__ = ["alpha_at", "clamp_epoch", "num_parts_at"]
 
 
@@ -16,16 +20,18 @@ def clamp_epoch(epoch: float, total_epochs: float) -> float:
         The nearest epoch of the training.
 
     Raises:
-        ValueError: where total_epochs is not positive or epoch is NaN.
+        ValueError: where total_epochs is no positive number, or epoch is no number.
 
     Example:
         >>> clamp_epoch(-3, 100), clamp_epoch(7.5, 100), clamp_epoch(250, 100)
         (0.0, 7.5, 99.0)
     """
-    if not total_epochs > 0:
-        raise ValueError(f"total_epochs={total_epochs} must be positive")
-    if epoch != epoch:
-        raise ValueError("epoch is NaN: pass the epoch counted from 0, such as epoch + step / steps_per_epoch")
+    if not is_number(total_epochs) or not 0 < total_epochs < math.inf:
+        raise ValueError(f"total_epochs={total_epochs!r} must be a positive number: the length of training")
+    if not is_number(epoch) or epoch != epoch:
+        raise ValueError(
+            f"epoch={epoch!r} must be a number: the epoch counted from 0, such as epoch + step / steps_per_epoch"
+        )
     return float(min(max(epoch, 0), max(total_epochs - 1, 0)))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .attention import attention_affinity, attention_modules, patch_grid, token_affinity, whole_patches
+from .checks import check_number, is_whole
 from .schedule import clamp_epoch, num_parts_at
 
 __all__ = ["PartTeacher", "unwrap"]
@@ -78,8 +79,12 @@ class PartTeacher(nn.Module):
         attention_modules(model, None if isinstance(layers, str) else layers)
         if not isinstance(partitioner, nn.Module):
             raise TypeError(f"partitioner={partitioner!r} must be an instance, such as GraphCutPartitioner()")
-        if isinstance(num_parts, int) or min(num_parts) < 1:
-            raise ValueError(f"num_parts={num_parts} must be (in the first epoch, in the last epoch), each at least 1")
+        pair = isinstance(num_parts, (tuple, list)) and len(num_parts) == 2
+        if not pair or not all(is_whole(count) and count >= 1 for count in num_parts):
+            raise ValueError(
+                f"num_parts={num_parts!r} must be (in the first epoch, in the last epoch), whole numbers of at least 1"
+            )
+        check_number("decay", decay, "a number in [0, 1]", most=1)
         self.model = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
         self.partitioner = partitioner
         self.total_epochs, self.part_range, self.layers = total_epochs, num_parts, layers

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import colorsys
+import textwrap
+import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,25 +23,41 @@ __all__ = ["evolution_figure", "mask_picture", "part_picture"]
 Picture = npt.NDArray[np.float32]
 OUTLINE = np.array([1.0, 0.85, 0.1], dtype=np.float32)
 GREY = np.array([0.5, 0.5, 0.5], dtype=np.float32)
+SLACK = 1 / 512  # half a step of bytes: nothing that could be seen
+STRENGTH = 0.6  # of the colour of a part, against the picture in grey
+COLUMN, FONT, LETTERS = 1.6, 8, 14  # inches, points, letters in a line of a title: the widest letter is as wide as high
 
 
-def part_picture(image: Tensor, parts: Tensor, grid_size: GridSize | None = None) -> Picture:
-    """The image with its parts outlined in yellow.
+def part_picture(image: Any, parts: Tensor, grid_size: GridSize | None = None, *, colours: bool = False) -> Picture:
+    """The image with its parts outlined in yellow, or each in a colour of its own.
 
     Args:
-        image: [3, height, width], floats in [0, 1] or uint8.
+        image: a tensor [3, height, width], an array [height, width, 3] or [3, height, width], floats in [0, 1] or
+            uint8; or a picture of PIL.
         parts: [N] integers, the part of each patch.
         grid_size: the side of a square patch grid, or (H, W), in patches; a square where None.
+        colours: show which pieces belong together: the image in grey under a colour for each part.
 
     Returns:
         [height, width, 3] float32 in [0, 1].
 
+    Warns:
+        UserWarning: where values leave [0, 1], which are cut off: see `mask_picture`.
+
     Example:
         >>> part_picture(torch.zeros(3, 8, 8), torch.tensor([0, 0, 1, 1])).shape
         (8, 8, 3)
+        >>> picture = part_picture(torch.zeros(3, 8, 8), torch.tensor([0, 1, 1, 0]), colours=True)
+        >>> bool((picture[0, 0] == picture[7, 7]).all())
+        True
     """
-    picture = _picture(image)
+    (picture,) = _pictures([image])
     labels = _to_pixels(parts, grid_size, picture)
+    if colours:
+        values, places = np.unique(labels, return_inverse=True)
+        picture[:] = (1 - STRENGTH) * picture.mean(2, keepdims=True)
+        picture += STRENGTH * _palette(len(values))[places.reshape(labels.shape)]
+        return picture
     edge = np.zeros(labels.shape, dtype=bool)
     edge[1:] |= labels[1:] != labels[:-1]
     edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
@@ -48,28 +67,33 @@ def part_picture(image: Tensor, parts: Tensor, grid_size: GridSize | None = None
     return picture
 
 
-def mask_picture(image: Tensor, mask: Tensor, grid_size: GridSize | None = None) -> Picture:
+def mask_picture(image: Any, mask: Tensor, grid_size: GridSize | None = None) -> Picture:
     """The image with its removed patches in grey.
 
     Args:
-        image: [3, height, width], floats in [0, 1] or uint8.
+        image: a tensor [3, height, width], an array [height, width, 3] or [3, height, width], floats in [0, 1] or
+            uint8; or a picture of PIL.
         mask: [N], 0 keep, 1 remove.
         grid_size: the side of a square patch grid, or (H, W), in patches; a square where None.
 
     Returns:
         [height, width, 3] float32 in [0, 1].
 
+    Warns:
+        UserWarning: where values leave [0, 1], which are cut off. Images that were normalised for a model are
+            ``images * std + mean`` before that, with the std and the mean of each channel as [3, 1, 1].
+
     Example:
         >>> mask_picture(torch.zeros(3, 8, 8), torch.tensor([0, 0, 1, 1]))[-1, 0]
         array([0.5, 0.5, 0.5], dtype=float32)
     """
-    picture = _picture(image)
+    (picture,) = _pictures([image])
     picture[_to_pixels(mask, grid_size, picture) > 0] = GREY
     return picture
 
 
 def evolution_figure(
-    images: Tensor,
+    images: Tensor | Sequence[Any],
     masks: Sequence[Tensor],
     parts: Sequence[Tensor | None],
     titles: Sequence[str],
@@ -80,10 +104,10 @@ def evolution_figure(
     The first column shows the images themselves.
 
     Args:
-        images: [B, 3, height, width], floats in [0, 1] or uint8.
+        images: [B, 3, height, width], floats in [0, 1] or uint8; or B images as `mask_picture` takes them.
         masks: [B, N] for each point, 0 keep, 1 remove.
         parts: [B, N] integers for each point; None where there were none.
-        titles: what to write above each column.
+        titles: what to write above each column; long ones take several lines.
         grid_size: the side of a square patch grid, or (H, W), in patches; a square where None.
 
     Returns:
@@ -91,6 +115,9 @@ def evolution_figure(
 
     Raises:
         ImportError: where matplotlib is missing.
+
+    Warns:
+        UserWarning: where values leave [0, 1]: see `mask_picture`.
 
     Example:
         >>> images, parts = torch.rand(2, 3, 32, 32), torch.arange(16).expand(2, -1) // 4
@@ -103,36 +130,70 @@ def evolution_figure(
     except ImportError as error:
         raise ImportError("evolution_figure needs matplotlib: pip install matplotlib") from error
 
+    pictures = _pictures(images)
+    height, width, _ = pictures[0].shape
     rows_per_image = 1 + any(part is not None for part in parts)
-    rows, columns = rows_per_image * len(images), 1 + len(masks)
-    figure = Figure(figsize=(1.6 * columns, 1.6 * rows * images.shape[2] / images.shape[3] + 0.4), layout="constrained")
+    rows, columns = rows_per_image * len(pictures), 1 + len(masks)
+    headings = ["\n".join(textwrap.fill(line, LETTERS) for line in str(title).splitlines()) for title in titles]
+    lines = 1 + max(heading.count("\n") for heading in ["image", *headings])
+    size = COLUMN * columns, COLUMN * rows * height / width + 0.2 + lines * 1.3 * FONT / 72
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
-    for index, image in enumerate(images):
+    for index, picture in enumerate(pictures):
         top = rows_per_image * index
-        axes[top, 0].imshow(_picture(image))
+        axes[top, 0].imshow(picture)
         for column, (mask, part) in enumerate(zip(masks, parts, strict=True), start=1):
             if part is not None:
-                axes[top, column].imshow(part_picture(image, part[index], grid_size))
-            axes[top + rows_per_image - 1, column].imshow(mask_picture(image, mask[index], grid_size))
-    for ax, title in zip(axes[0], ["image", *titles], strict=True):
-        ax.set_title(title, fontsize=9)
+                axes[top, column].imshow(part_picture(picture, part[index], grid_size))
+            axes[top + rows_per_image - 1, column].imshow(mask_picture(picture, mask[index], grid_size))
+    for ax, heading in zip(axes[0], ["image", *headings], strict=True):
+        ax.set_title(heading, fontsize=FONT)
     return figure
 
 
-def _picture(image: Tensor) -> Picture:
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(
-            f"image has shape {list(image.shape)}, but must be [3, height, width], floats in [0, 1] or uint8"
+def _pictures(images: Tensor | Sequence[Any]) -> list[Picture]:
+    """New arrays [height, width, 3] in [0, 1]; one warning where values are cut off."""
+    pictures = [_channels_last(image) for image in images]
+    low, high = np.min([picture.min() for picture in pictures]), np.max([picture.max() for picture in pictures])
+    if not (low >= -SLACK and high <= 1 + SLACK):  # not so for NaN
+        warnings.warn(
+            f"values of the images reach from {low:.3g} to {high:.3g}: pictures cut off what leaves [0, 1]. Undo a "
+            "normalisation with images * std + mean, which have one value a channel, [3, 1, 1]; give bytes as uint8",
+            stacklevel=3,
         )
-    image = image / 255 if image.dtype == torch.uint8 else image
-    picture: Picture = image.detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy().copy()
-    return picture
+    return [np.nan_to_num(picture, copy=False).clip(0, 1) for picture in pictures]
 
 
-def _to_pixels(patches: Tensor, grid_size: GridSize | None, picture: Picture) -> npt.NDArray[np.int64]:
+def _channels_last(image: Any) -> Picture:
+    """A copy, [height, width, 3] float32; bytes are brought to [0, 1]."""
+    if hasattr(image, "convert"):  # a picture of PIL, of any mode
+        image = np.asarray(image.convert("RGB"))
+    channels_first = isinstance(image, Tensor)
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+        image = image.float().numpy() if image.is_floating_point() else image.numpy()
+    channels_first |= image.shape[-1] != 3
+    if image.ndim != 3 or image.shape[0 if channels_first else 2] != 3:
+        raise ValueError(
+            f"image has shape {list(image.shape)}, but must be [3, height, width], or as an array [height, width, 3], "
+            "floats in [0, 1] or uint8"
+        )
+    picture: Picture = (image.transpose(1, 2, 0) if channels_first else image).astype(np.float32)
+    return picture / np.float32(255) if image.dtype == np.uint8 else picture
+
+
+def _palette(count: int) -> Picture:
+    """[count, 3]: colours whose neighbours in this order lie far apart."""
+    hues = (0.6180339887 * place % 1 for place in range(count))  # of the golden ratio: an even spread at any count
+    colours = [colorsys.hsv_to_rgb(hue, 0.9, (0.65, 1.0)[place % 2]) for place, hue in enumerate(hues)]
+    return np.array(colours, dtype=np.float32)
+
+
+def _to_pixels(patches: Any, grid_size: GridSize | None, picture: Picture) -> npt.NDArray[np.int64]:
     """[N] values of patches to [height, width] values of pixels."""
+    patches = torch.as_tensor(patches)
     if patches.ndim != 1:
         raise ValueError(f"one image has one value a patch, [N], but got {list(patches.shape)}: index the batch first")
     height, width = resolve_grid(len(patches), grid_size)

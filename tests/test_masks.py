@@ -455,3 +455,58 @@ def test_gradients_are_deterministic_copies():
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(x.grad, (1 - mask)[..., None].expand_as(x))
+
+
+# The mask alone
+
+
+@every_mask
+@pytest.mark.parametrize(("grid_size", "mask_ratio"), [(7, 0.75), ((5, 9), 0.6), ((1, 4), 0), (14, 0.75)])
+def test_samples_are_the_draws_of_a_call(make, grid_size, mask_ratio):
+    height, width = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
+    masking, x, parts = make(), torch.zeros(4, height, width, 1), random_parts(4, height * width)
+    expected = masking(x, mask_ratio, parts=parts, generator=seeded(3)).mask
+    sampled = masking.sample(4, grid_size, mask_ratio, parts=parts, generator=seeded(3))
+    assert sampled.dtype == torch.bool
+    assert torch.equal(sampled, expected == 1)
+    assert (sampled.sum(1) == height * width - int(height * width * (1 - mask_ratio))).all()
+    torch.manual_seed(4)
+    expected = masking(x, mask_ratio, parts=parts).mask
+    torch.manual_seed(4)
+    assert torch.equal(masking.sample(4, grid_size, mask_ratio, parts=parts, device="cpu"), expected == 1)
+
+
+def test_true_is_what_is_removed():
+    parts = torch.tensor([[0, 0, 0, 1]])
+    removed = PartMask().sample(1, 2, 0.75, parts=parts)
+    visible = PartMask()(torch.arange(4.0).view(1, 4, 1), 0.75, parts=parts).visible
+    assert removed.sum() == 3
+    assert visible.shape[1] == 1
+
+
+def test_samples_compile_whole():
+    torch._dynamo.reset()
+    masking, parts, x = halfway(), random_parts(2, 49), torch.zeros(2, 49, 1)
+    compiled = torch.compile(lambda parts: masking.sample(2, 7, 0.6, parts=parts), fullgraph=True)
+    torch.manual_seed(5)
+    removed = compiled(parts)
+    assert removed.dtype == torch.bool
+    assert (removed.sum(1) == 30).all()
+    assert not torch.equal(removed, compiled(parts))
+    torch.manual_seed(5)
+    assert torch.equal(removed, torch.compile(masking, fullgraph=True)(x, 0.6, parts=parts).mask == 1)
+
+
+def test_samples_refuse_what_a_call_refuses():
+    with pytest.raises(ValueError, match=r"mask_ratio=1\.5"):
+        RandomMask().sample(2, 4, 1.5)
+    with pytest.raises(ValueError, match=r"\[2, 15\].*\[2, 16\]"):
+        PartMask().sample(2, 4, parts=torch.zeros(2, 15, dtype=torch.long))
+    with pytest.raises(ValueError, match="needs parts"):
+        PartMask().sample(2, 4)
+    with pytest.raises(ValueError, match=r"grid_size=4 .*\(2, 8\)"):
+        GridMask(grid_size=(2, 8)).sample(2, 4)
+    with pytest.raises(ValueError, match=r"grid_size=\(4, 0\)"):
+        RandomMask().sample(2, (4, 0))
+    with pytest.raises(ValueError, match="batch_size='2'"):
+        RandomMask().sample("2", 4)

@@ -84,7 +84,6 @@ def test_every_cut_is_a_coarsening_of_the_next(seed, height, width, strength):
             assert below.max() - image.max() <= 1, "one split at a time"
         finer = parts
     assert (finer == 0).all()
-    assert torch.equal(hierarchy.cut(10**6), hierarchy.cut(12)), "no more parts than it was made for"
 
 
 @settings(max_examples=15, deadline=None)
@@ -189,6 +188,20 @@ def test_em_draws_from_torchs_generator():
 
 
 # Bad input: DESIGN's table, row by row.
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 10, 1000])
+def test_cuts_that_a_hierarchy_was_not_made_for(num_parts):
+    hierarchy = GraphCutPartitioner(40).hierarchy(torch.rand(2, 16, 16), num_parts)
+    check_labels(hierarchy.cut(num_parts), num_parts)
+    for more in (num_parts + 1, 10**6):
+        with pytest.raises(ValueError, match=rf"num_parts={more} is more than the {num_parts} parts.*hierarchy\("):
+            hierarchy.cut(more)
+    for bad in (2.5, 0, -1, "2", None):
+        with pytest.raises(ValueError, match=rf"num_parts='?{bad}'? must be a whole number"):
+            hierarchy.cut(bad)
+    with pytest.raises(ValueError, match="num_parts=41"):
+        GraphCutPartitioner(40).hierarchy(torch.rand(2, 16, 16)).cut(41)
 
 
 @partitioners

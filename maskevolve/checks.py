@@ -1,0 +1,57 @@
+"""Checks of what a user sets. The errors repeat the value and say what it must be."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["check_grid", "check_number", "check_range", "check_whole", "is_number", "is_whole"]
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number of Python or NumPy; a bool is none."""
+    return isinstance(value, (int, np.integer, torch.SymInt)) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number of Python or NumPy, or a tensor without dimensions; text and a bool are none."""
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and not value.is_complex()
+    return is_whole(value) or isinstance(value, (float, np.floating, torch.SymFloat))
+
+
+def check_whole(name: str, value: Any, least: int, what: str) -> None:
+    """Raise ValueError where a value is no whole number of at least `least`; `what` says what it is."""
+    if not is_whole(value) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}: {what}")
+
+
+def check_number(name: str, value: Any, what: str, least: float = 0, most: float = math.inf) -> None:
+    """Raise ValueError where a value is no finite number from `least` to `most`; `what` says what it must be."""
+    if not is_number(value) or not least <= value <= most or value == math.inf:
+        raise ValueError(f"{name}={value!r} must be {what}")
+
+
+def check_range(name: str, value: Any, what: str, most: float = math.inf) -> None:
+    """Raise ValueError where a value is no (least, greatest) with 0 < least <= greatest <= most."""
+    pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_number, value))
+    if not pair or not 0 < value[0] <= value[1] <= most or value[1] == math.inf:
+        raise ValueError(f"{name}={value!r} must be {what}")
+
+
+def check_grid(grid_size: Any) -> tuple[int, int]:
+    """A grid size, one number or (H, W), as (H, W)."""
+    if isinstance(grid_size, (tuple, list)) and len(grid_size) == 2:
+        height, width = grid_size
+    else:
+        height = width = grid_size
+    if not is_whole(height) or not is_whole(width) or height < 1 or width < 1:
+        raise ValueError(
+            f"grid_size={grid_size!r} must be the side of a square patch grid, or (H, W), in patches: whole numbers of "
+            "at least 1"
+        )
+    return int(height), int(width)
