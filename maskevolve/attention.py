@@ -11,11 +11,15 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention, softmax
 from torch.overrides import TorchFunctionMode
+
+from .functional import MaskedPatches
+from .random_masking import Result, arrange, host_method, learn_results
 
 __all__ = ["attention_affinity", "attention_modules", "patch_grid", "token_affinity", "whole_patches"]
 
@@ -25,6 +29,9 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
 
 DECODER = r"decoder|(^|\.)dec(\.|_|\d|$)"
 """In the names of modules that do not see images."""
+
+_results: WeakKeyDictionary[nn.Module, tuple[Result, ...]] = WeakKeyDictionary()
+"""What the `random_masking` of a model returns."""
 
 
 class _Done(Exception):
@@ -314,10 +321,13 @@ def _all_patches(model: nn.Module) -> Iterator[None]:
     if owner is None:
         yield
         return
-    before = vars(owner).get("random_masking")
+    before, own = vars(owner).get("random_masking"), host_method(owner, "random_masking")
 
-    def keep_all(x: Tensor, *how: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return x, x.new_zeros(x.shape[:2]), torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    def keep_all(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        if owner not in _results:
+            _results[owner] = learn_results(own, x, *args, **kwargs)
+        in_order = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        return arrange(MaskedPatches(x, torch.zeros_like(in_order), in_order), _results[owner])
 
     vars(owner)["random_masking"] = keep_all
     try:

@@ -309,8 +309,11 @@ def test_wrong_use_names_the_fix():
         apply_to_lightly(mae.backbone, RandomMask())
     with pytest.raises(TypeError, match="Sequential defines no forward"):
         apply_to_lightly(nn.Sequential(mae.backbone), RandomMask())
+    mae.log = lambda *_, **__: None
+    evolution = apply_to_lightly(mae, EvolvingMask(4)).set_epoch(2)
     with pytest.raises(ValueError, match="needs parts, but there is no teacher"):
-        apply_to_lightly(mae, EvolvingMask(4))
+        mae.training_step(pictures(), 0)
+    evolution.remove()
     for teacher in (make_teacher(mae), make_teacher(make_vit(reg_tokens=2))):
         with pytest.raises(ValueError, match="built for another architecture"):
             apply_to_lightly(mae, EvolvingMask(4), teacher)

@@ -260,13 +260,17 @@ class TestEverydayTraining:
             assert visible.shape[:2] == (size, 1 + number // 4)
             assert mask.shape == (size, number)
 
-    def test_copies_share_the_masks(self):
+    def test_copies_share_the_masks_until_they_are_removed(self):
         model, images = MAE(), torch.randn(2, 3, 64, 64)
-        evolution = evolving(model)
+        model.evolution = evolving(model)  # as examples/mae/mae.patch keeps it
         average = copy.deepcopy(model)
-        assert average.random_masking is model.random_masking
         assert torch.equal(loss_and_gradients(average, images)[0], loss_and_gradients(model, images)[0])
-        assert isinstance(evolution, Evolution)
+        assert isinstance(average.evolution, Evolution)
+        model.evolution.remove()
+        expected = loss_and_gradients(MAE(), images)
+        for each in (model, average):
+            assert torch.equal(loss_and_gradients(each, images)[0], expected[0])
+            assert torch.equal(loss_and_gradients(each, images)[1], expected[1])
 
     def test_a_model_that_was_moved_takes_its_teacher_along(self):
         model = MAE()
@@ -348,9 +352,12 @@ class TestWrongUse:
     @pytest.mark.parametrize("masking", [PartMask(), EvolvingMask(10)])
     def test_no_teacher(self, masking):
         model = MAE()
-        with pytest.raises(ValueError, match=rf"{type(masking).__name__} needs parts.*PartTeacher\(model"):
-            apply_to_mae(model, masking)
-        apply_to_mae(model, RandomMask())  # the failure left nothing behind
+        evolution = apply_to_mae(model, masking).set_epoch(5)
+        both = rf"{type(masking).__name__} needs parts.*PartTeacher\(model.*evolution\.see\(parts=labels\)"
+        with pytest.raises(ValueError, match=both):
+            model(torch.randn(2, 3, 64, 64))
+        evolution.see(parts=torch.arange(64).expand(2, -1) // 8)
+        model(torch.randn(2, 3, 64, 64))
 
     def test_another_architecture(self):
         with pytest.raises(ValueError, match=r"another architecture than this MAE.*\[1, 1, 24\].*\[1, 1, 48\]"):

@@ -266,8 +266,10 @@ class TestWrongUse:
 
     def test_no_teacher_or_another_architecture(self):
         vit, _ = make("plain")
+        evolution = apply_to_timm(vit, EvolvingMask(10)).set_epoch(5)
         with pytest.raises(ValueError, match=r"EvolvingMask needs parts.*PartTeacher\(model"):
-            apply_to_timm(vit, EvolvingMask(10))
+            vit(torch.randn(1, 3, 96, 96))
+        evolution.remove()
         with pytest.raises(ValueError, match="another architecture than this VisionTransformer"):
             apply_to_timm(vit, EvolvingMask(10), make_teacher(make_vit()))
 

@@ -239,8 +239,10 @@ def test_wrong_use_names_the_fix():
         apply_to_vit_mae(MAE(), RandomMask())
     with pytest.raises(TypeError, match="ViTModel is no ViTMAE"):
         apply_to_vit_mae(ViTModel(ViTConfig(**ENCODER)), RandomMask())
+    evolution = apply_to_vit_mae(model, EvolvingMask(4)).set_epoch(2)
     with pytest.raises(ValueError, match="needs parts, but there is no teacher"):
-        apply_to_vit_mae(model, EvolvingMask(4))
+        model(pictures())
+    evolution.remove()
     with pytest.raises(ValueError, match="built for another architecture"):
         apply_to_vit_mae(model, EvolvingMask(4), make_teacher(MAE()))
     wider = ViTMAEForPreTraining(ViTMAEConfig(image_size=64, patch_size=8, **{**ENCODER, "intermediate_size": 64}))

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import wraps
 from importlib import import_module
 from itertools import zip_longest
+from types import MethodType
 from typing import Any, TypeVar, cast
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.utils.hooks import RemovableHandle
 
 from ..attention import patch_grid
 from ..functional import MaskedPatches, resolve_grid
 from ..masks import Masking
+from ..random_masking import host_method
 from ..teacher import PartTeacher
+from .follow import call_after_steps
+from .labels import HOW_TO_GET_A_TEACHER, check_labels, check_teacher, labels_to_grid, takes_argument
+from .watch import Watch
 
-__all__ = ["Evolution"]
+__all__ = ["Evolution", "Teacher"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+Teacher = PartTeacher | Callable[..., Any]
 
 _evolving: WeakSet[nn.Module] = WeakSet()
 
@@ -37,18 +47,30 @@ class Evolution:
     Args:
         model: the model whose masks are drawn here.
         masking: the mask.
-        teacher: where the mask gets its parts from; None for a mask that needs none.
+        teacher: where the mask gets its parts from: a PartTeacher, or any callable from images [B, C, height, width] to
+            integer labels, [B, N] or, of any size, [B, h, w]. None for a mask that needs no parts, and where they come
+            with each batch: ``see(parts=labels)``.
         student: what the teacher follows; the model where None.
+        where: what draws masks in this model, for messages.
+
+    Attributes:
+        last_mask: the last mask that was drawn, [B, N] float32, 0 keep, 1 remove; None before the first.
+        last_parts: the parts that it was drawn from, [B, N]; None where it needed none.
 
     Raises:
         TypeError: where the masking or the teacher is none.
-        ValueError: where the model has evolving masks already, where the masking needs parts and there is no teacher,
-            where the teacher was built for another architecture or length of training, or where the model hides the
-            size of its patches.
+        ValueError: where the model has evolving masks already, where the teacher was built for another architecture or
+            length of training, where it would have to follow a model in FSDP1, or where the model hides the size of
+            its patches.
     """
 
     def __init__(
-        self, model: nn.Module, masking: Masking, teacher: PartTeacher | None, student: nn.Module | None = None
+        self,
+        model: nn.Module,
+        masking: Masking,
+        teacher: Teacher | None,
+        student: nn.Module | None = None,
+        where: str = "the model",
     ) -> None:
         self.model, self.masking, self.teacher = model, masking, teacher
         self.student = model if student is None else student
@@ -56,23 +78,34 @@ class Evolution:
             raise ValueError(f"this {type(model).__name__} has evolving masks already: call .remove() on them first")
         if not isinstance(masking, nn.Module):
             raise TypeError(f"masking={masking!r} is no mask: pass an instance, such as EvolvingMask(epochs)")
-        if not (teacher is None or isinstance(teacher, PartTeacher)):
-            raise TypeError(f"teacher={teacher!r} is no PartTeacher: {HOW_TO_GET_A_TEACHER}")
-        if teacher is None and any(getattr(mask, "needs_parts", False) for mask in masking.modules()):
-            raise ValueError(
-                f"{type(masking).__name__} needs parts, but there is no teacher to cut them: {HOW_TO_GET_A_TEACHER}"
-            )
-        if teacher is not None:
-            _check_teacher(teacher, self.student)
+        check_teacher(teacher)
+        if isinstance(teacher, PartTeacher):
+            _refuse_fsdp1(self.student)
+            _check_architecture(teacher, self.student)
         epochs, teachers = (getattr(each, "total_epochs", None) for each in (masking, teacher))
         if None not in (epochs, teachers) and epochs != teachers:
             raise ValueError(f"the masking has total_epochs={epochs}, its teacher {teachers}: give both the same")
         patch_grid(model, torch.empty(1, 3, 224, 224, device="meta"))  # refuses here what it would in the first step
-        self._images: Tensor | None = None
-        self._has_epoch = teacher is None and not hasattr(masking, "set_epoch")
+        self.total_epochs = teachers if epochs is None else epochs
+        self.last_mask: Tensor | None = None
+        self.last_parts: Tensor | None = None
+        # What a thread has seen since its last mask: nn.DataParallel, for one, runs a model in several threads. No class
+        # of our own, for torch.compile loses what it sets there.
+        self._seen = threading.local()
+        self._masked_before: tuple[Tensor, int, Tensor] | None = None
+        needs_parts = any(getattr(mask, "needs_parts", False) for mask in masking.modules())
+        self._takes_parts = needs_parts or teacher is not None
+        self._has_epoch = not any(hasattr(part, "set_epoch") for part in (masking, teacher))
+        self._watch = Watch(self.student, where, hasattr(teacher, "update"))
+        self._lock = threading.RLock()
+        self._is_removed = False
         self._undo = ExitStack()
         _evolving.add(model)
         self._undo.callback(_evolving.discard, model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Evolution:
+        """A copy of a model shares its masks."""
+        return self
 
     def set_epoch(self, epoch: float) -> Evolution:
         """Move the mask and the teacher to an epoch, and return the evolution.
@@ -81,92 +114,218 @@ class Evolution:
             epoch: counted from 0; fractions are progress within an epoch. Clamped to the training.
         """
         self._has_epoch = True
+        self._watch.check_masks()
         for part in (self.masking, self.teacher):
             if hasattr(part, "set_epoch"):
                 cast(Any, part).set_epoch(epoch)
         return self
 
     def update(self) -> None:
-        """Move the teacher towards the model: call it after each optimizer step, on every rank."""
-        if self.teacher is not None:
-            self.teacher.update(self.student)
+        """Move the teacher towards the model: call it after each optimizer step, on every rank, or `follow` does."""
+        self._watch.check_masks()
+        self._watch.awaits_update = False
+        if hasattr(self.teacher, "update"):
+            if isinstance(self.teacher, PartTeacher):
+                _refuse_fsdp1(self.student)
+            cast(Any, self.teacher).update(self.student)
+
+    def follow(self, optimizer: Any) -> RemovableHandle:
+        """Call `update` after each step of an optimizer that is not skipped, until `remove`.
+
+        Args:
+            optimizer: one of torch or made like them, bare or wrapped by Accelerate or Lightning, or DeepSpeed's.
+
+        Returns:
+            A handle, whose ``.remove()`` ends it.
+
+        Raises:
+            ValueError: where it is followed already.
+        """
+        handle = call_after_steps(optimizer, self.update)
+        self._undo.callback(handle.remove)
+        return handle
+
+    def see(self, images: Tensor | None = None, parts: Tensor | None = None) -> None:
+        """Take what the next mask of this thread is drawn for.
+
+        Args:
+            images: whose patches are masked, where the model does not show them itself: [B, C, height, width].
+            parts: that came with the batch, in place of the teacher's: integer labels [B, N], or [B, h, w] of any size.
+
+        Raises:
+            TypeError: where the parts are no array or tensor.
+            ValueError: where neither is given, or the parts are no such labels.
+            RuntimeError: where no mask was drawn since parts were given last; those are forgotten.
+        """
+        if images is None and parts is None:
+            raise ValueError("see() got neither images nor parts: pass images=..., parts=..., or both")
+        if images is not None:
+            self._seen.images = images
+        if parts is None or not self._takes_parts:
+            return
+        was_given = getattr(self._seen, "parts", None) is not None
+        self._seen.parts = None if was_given else check_labels(parts)
+        if was_given:
+            raise RuntimeError(
+                "parts were given twice, with no mask in between: call evolution.see(parts=...) once for each batch, in "
+                "the thread that calls the model (nn.DataParallel has threads of its own: use DistributedDataParallel)"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the mask and of the teacher, to be saved with the model's."""
-        teacher = None if self.teacher is None else self.teacher.state_dict()
-        return {"masking": self.masking.state_dict(), "teacher": teacher}
+        teacher = cast(Any, self.teacher).state_dict() if self._has_state else None
+        return {"masking": self.masking.state_dict(), "teacher": teacher, "total_epochs": self.total_epochs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state.
 
         Raises:
-            ValueError: where the state has a teacher and this has none, or the other way round.
+            ValueError: where the state has a teacher and this has none, or the other way round, or where it is that of
+                a training of another length.
         """
-        if (state["teacher"] is None) != (self.teacher is None):
-            ours, theirs = ("no teacher", "one") if self.teacher is None else ("a teacher", "none")
+        if (state["teacher"] is None) == self._has_state:
+            ours, theirs = ("a teacher", "none") if self._has_state else ("no teacher", "one")
             raise ValueError(
                 f"this evolution has {ours}, the saved state {theirs}: resume with the masks it began with"
             )
+        epochs = state.get("total_epochs")  # older states do not have it
+        if None not in (epochs, self.total_epochs) and epochs != self.total_epochs:
+            raise ValueError(
+                f"the saved state is that of a training of total_epochs={epochs}, but the masks were made with "
+                f"{self.total_epochs}: resume with the same"
+            )
         self.masking.load_state_dict(state["masking"])
-        if self.teacher is not None:
-            self.teacher.load_state_dict(state["teacher"])
+        if self._has_state:
+            cast(Any, self.teacher).load_state_dict(state["teacher"])
         self._has_epoch = True
 
     def remove(self) -> None:
-        """Give the model its own masks back."""
+        """Give the model its own masks back, and copies of it theirs."""
+        self._is_removed = True
         self._undo.close()
 
     # Below: what integrations are made of.
 
     def replace(self, owner: nn.Module, name: str, value: Callable[..., Any]) -> None:
-        """Set an attribute of a module until `remove`. Give it a function, which copies of the module then share."""
-        before = vars(owner).get(name)
-        vars(owner)[name] = value
+        """Set a method of a module until `remove`.
+
+        `value` is called with the module, or its copy, and its own method as a function, before the arguments of the
+        call.
+        """
+        before, own = vars(owner).get(name), _unbound(host_method(owner, name))
+
+        @wraps(own)
+        def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self._is_removed:  # and this module a copy that was made before
+                return own(module, *args, **kwargs)
+            return value(module, own, *args, **kwargs)
+
+        cast(Any, method).own = own
+        # A method, so that a copy of the module (its average, say) runs its own weights.
+        vars(owner)[name] = MethodType(method, owner)
         self._undo.callback(lambda: vars(owner).pop(name) if before is None else vars(owner).update({name: before}))
 
     def watch(self, embed: nn.Module) -> None:
         """See the images, the first argument of the module that embeds them, until `remove`."""
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.see(args[0] if args else next(iter(kwargs.values())))
+            if not self._is_removed:
+                self.embedding(module)
+                self._seen.images = args[0] if args else next(iter(kwargs.values()))
 
         self._undo.callback(embed.register_forward_pre_hook(see, with_kwargs=True).remove)
 
-    def see(self, images: Tensor) -> None:
-        """Take the images whose patches are masked next."""
-        self._images = images
+    def embedding(self, module: nn.Module) -> None:
+        """Note that a module embeds images now."""
+        if not torch.compiler.is_compiling():
+            self._watch.check_masks()
+        if module.training and torch.is_grad_enabled():
+            self._watch.is_embedded = True
+
+    @property
+    def images(self) -> Tensor | None:
+        """The images of this thread that have not been masked yet."""
+        return getattr(self._seen, "images", None)
 
     def mask(self, x: Tensor, mask_ratio: float) -> MaskedPatches:
         """Mask the patches [B, N, D] of the images that the model was given last."""
         # Each batch of images is masked once, so that no patches are masked with the parts of other images.
-        images, self._images = self._images, None
+        images, self._seen.images = getattr(self._seen, "images", None), None
         if images is None:
             raise RuntimeError(
                 f"{type(self.model).__name__} masks patches of images that it has not embedded since the last mask: "
                 "call the whole model. With activation checkpointing, checkpoint the model or its blocks, so that "
                 "images are embedded again where they are masked again"
             )
+        self._watch.is_masked = True
         if not self._has_epoch and self.model.training:
             self._has_epoch = True
             _warn_of_epoch()
         x = x.unflatten(1, resolve_grid(x.shape[1], patch_grid(self.model, images)))
-        if self.teacher is None and not _is_distributed():
-            return cast(MaskedPatches, self.masking(x, mask_ratio))
-        return self._mask_eagerly(x, mask_ratio, images)
+        if self._takes_parts or _is_distributed():
+            masked = self._mask_eagerly(x, mask_ratio, images)
+        else:
+            masked = cast(MaskedPatches, self.masking(x, mask_ratio))
+        self.last_mask = masked.mask.detach()
+        return masked
 
     @eager
     def _mask_eagerly(self, x: Tensor, mask_ratio: float, images: Tensor) -> MaskedPatches:
         """Outside of a compiled model, which can trace neither a teacher nor a generator."""
-        parts, generator = self._parts(images), _generator_of_rank(x.device)
+        if self.masking.needs_parts and self.model.training and torch.is_grad_enabled():
+            self._watch.check_updates()
+        parts, generator = self._parts(images, (x.shape[1], x.shape[2])), _generator_of_rank(x.device)
+        self.last_parts = parts
         return cast(MaskedPatches, self.masking(x, mask_ratio, parts=parts, generator=generator))
 
-    def _parts(self, images: Tensor) -> Tensor | None:
-        if self.teacher is None or not self.masking.needs_parts:
-            return None
-        if self.teacher.epoch.device != images.device:  # the model was moved after the teacher was built
-            self.teacher.to(images.device)
-        self.teacher.catch_up(self.student)
-        return cast(Tensor, self.teacher(images))
+    @torch.no_grad()
+    def _parts(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor | None:
+        parts = self._given_parts(images)
+        if parts is None and self.masking.needs_parts:
+            with self._lock:  # for a model that is read has hooks, which other threads would run into
+                parts = self._ask_teacher(images, grid_size)
+        return None if parts is None else labels_to_grid(parts.to(images.device), grid_size)
+
+    def _given_parts(self, images: Tensor) -> Tensor | None:
+        """The parts that came with these images, if any."""
+        parts: Tensor | None = getattr(self._seen, "parts", None)
+        self._seen.parts = None
+        version = 0 if images.is_inference() else images._version
+        if parts is None:
+            # Activation checkpointing masks the same images again, maybe in another thread.
+            before = self._masked_before
+            is_again = before is not None and before[1] == version and _is_alias(before[0], images)
+            return before[2] if before is not None and is_again else None
+        if len(parts) != len(images):
+            raise ValueError(
+                f"parts of {len(parts)} images were given, but {len(images)} images are masked: call "
+                "evolution.see(parts=...) with the parts of the batch that the model is then called with"
+            )
+        self._masked_before = images, version, parts
+        return parts
+
+    def _ask_teacher(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        if self.teacher is None:
+            raise ValueError(
+                f"{type(self.masking).__name__} needs parts, but there is no teacher to cut them and none were given "
+                f"for these images. As a teacher, {HOW_TO_GET_A_TEACHER}, or any function from images to labels, to "
+                "apply_to_...; or call evolution.see(parts=labels) before each batch"
+            )
+        if isinstance(self.teacher, PartTeacher):
+            if self.teacher.epoch.device != images.device:  # the model was moved after the teacher was built
+                self.teacher.to(images.device)
+            _refuse_fsdp1(self.student)
+            self.teacher.catch_up(self.student)
+        also = {"grid_size": grid_size} if takes_argument(self.teacher, "grid_size") else {}
+        parts = check_labels(self.teacher(images, **also))
+        if len(parts) != len(images):
+            raise ValueError(f"the teacher returned labels of {len(parts)} images for {len(images)}")
+        return parts
+
+    @property
+    def _has_state(self) -> bool:
+        """Whether the teacher changes over training."""
+        return hasattr(self.teacher, "set_epoch") and hasattr(self.teacher, "state_dict")
 
 
 def import_host(name: str, package: str) -> Any:
@@ -177,10 +336,7 @@ def import_host(name: str, package: str) -> Any:
         raise ImportError(f"this needs {name}: pip install {package}") from error
 
 
-HOW_TO_GET_A_TEACHER = "pass PartTeacher(model, GraphCutPartitioner(), total_epochs=epochs)"
-
-
-def _check_teacher(teacher: PartTeacher, student: nn.Module) -> None:
+def _check_architecture(teacher: PartTeacher, student: nn.Module) -> None:
     """Refuse a teacher whose average could not follow the student."""
     ours = [(name, list(value.shape)) for name, value in teacher.model.module.named_parameters()]
     theirs = [(name, list(value.shape)) for name, value in student.named_parameters()]
@@ -191,6 +347,32 @@ def _check_teacher(teacher: PartTeacher, student: nn.Module) -> None:
         f"the teacher was built for another architecture than this {type(student).__name__}: the teacher has the "
         f"parameter {different[0]}, the model {different[1]}. Build it from this model: PartTeacher(model, ...)"
     )
+
+
+def _refuse_fsdp1(student: nn.Module) -> None:
+    """FSDP1 flattens weights and keeps a shard of them, from which no average can be made."""
+    if any(getattr(parameter, "_fsdp_flattened", False) for parameter in student.parameters()):
+        raise ValueError(
+            f"this {type(student).__name__} is sharded by FullyShardedDataParallel (FSDP1), whose weights no teacher "
+            "can follow: shard it with torch.distributed.fsdp.fully_shard (FSDP2), after the teacher was built, or give "
+            "parts from elsewhere, as a function from images to labels or with evolution.see(parts=labels)"
+        )
+
+
+def _unbound(method: Any) -> Callable[..., Any]:
+    """The function of a method; of a function that is none, one that takes a module first, which it does not need."""
+    if isinstance(method, MethodType):
+        return method.__func__
+
+    @wraps(method)
+    def function(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    return function
+
+
+def _is_alias(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
 @eager

@@ -10,7 +10,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, wraps
 from threading import Lock
-from types import MethodType
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from ..attention import patch_grid
 from ..masks import Masking
 from ..teacher import PartTeacher, unwrap
-from .evolution import Evolution, eager, import_host
+from .evolution import Evolution, Teacher, eager, import_host
 
 __all__ = ["apply_to_lightly", "lightning_callback"]
 
@@ -33,7 +32,7 @@ HOW_TO_DRAW = (
 )
 
 
-def apply_to_lightly(mae: nn.Module, masking: Masking, teacher: PartTeacher | None = None) -> Evolution:
+def apply_to_lightly(mae: nn.Module, masking: Masking, teacher: Teacher | None = None) -> Evolution:
     """Let an MAE in the shape of Lightly's examples mask with `masking`, in place of `utils.random_token_mask`.
 
     While `forward`, `training_step` or another step of the MAE runs, Lightly's function draws from `masking`, for the
@@ -44,8 +43,9 @@ def apply_to_lightly(mae: nn.Module, masking: Masking, teacher: PartTeacher | No
         mae: a LightningModule or plain module that has a MaskedVisionTransformerTIMM (or another encoder of Lightly's)
             in it; wrapped in DistributedDataParallel or compiled or not.
         masking: the mask.
-        teacher: where the mask gets its parts from, built from ``mae.backbone`` or ``mae.backbone.vit``; None for a
-            mask that needs none.
+        teacher: where the mask gets its parts from: a PartTeacher that was built from ``mae.backbone`` or
+            ``mae.backbone.vit``, or any callable from images to integer labels, [B, N] or, of any size, [B, h, w]. None
+            for a mask that needs none, and where they come with each batch: ``evolution.see(parts=labels)``.
 
     Returns:
         Evolution: call ``.set_epoch(epoch)`` in each epoch, ``.update()`` after each optimizer step, or leave both to
@@ -54,8 +54,8 @@ def apply_to_lightly(mae: nn.Module, masking: Masking, teacher: PartTeacher | No
     Raises:
         ImportError: where lightly is not installed.
         TypeError: where the module has no encoder of Lightly's in it, or no step that could draw a mask.
-        ValueError: where it has evolving masks already, the mask needs parts and there is no teacher, or the teacher
-            was built for another architecture.
+        ValueError: where it has evolving masks already, or the teacher was built for another architecture. At the first
+            mask that needs parts, where there are none.
 
     Source: https://github.com/lightly-ai/lightly/blob/master/examples/pytorch_lightning/mae.py
     """
@@ -72,23 +72,22 @@ def apply_to_lightly(mae: nn.Module, masking: Masking, teacher: PartTeacher | No
         raise TypeError(f"{type(mae).__name__} defines no {', '.join(STEPS)}: {HOW_TO_DRAW}")
     vit: Any = getattr(backbone, "vit", backbone)
     of_vit = isinstance(teacher, PartTeacher) and type(teacher.model.module) is type(vit)
-    evolution = Evolution(backbone, masking, teacher, vit if of_vit else backbone)
+    evolution = Evolution(backbone, masking, teacher, vit if of_vit else backbone, "utils.random_token_mask")
     prefix: int = getattr(vit, "num_prefix_tokens", 1)
 
     def draw(step: _Step, idx_keep: Tensor, idx_mask: Tensor) -> tuple[Tensor, Tensor]:
         batch, keep = idx_keep.shape[0], idx_keep.shape[1] - prefix
         patches = idx_keep.new_zeros(batch, keep + idx_mask.shape[1], 1, dtype=torch.float32)
-        if evolution._images is None:
+        if evolution.images is None:
             evolution.see(_find_images(step, backbone, patches, masking.needs_parts))
         ratio = 1 - (keep + 0.5) / patches.shape[1]  # half a patch more, against rounding
         order = evolution.mask(patches, ratio).ids_restore.argsort(1) + prefix
         before = torch.arange(prefix, device=order.device).expand(batch, -1)
         return torch.cat([before, order[:, :keep]], 1), order[:, keep:]
 
-    # Methods, so that a copy of the module (its average, say) runs its own weights.
     for name in steps:
-        evolution.replace(mae, name, MethodType(_drawing_step(getattr(mae, name), utils, draw), mae))
-    evolution.replace(backbone, "encode", MethodType(_checked_encode(backbone.encode), backbone))
+        evolution.replace(mae, name, _drawing_step(utils, draw))
+    evolution.replace(backbone, "encode", _checked_encode(evolution))
     return evolution
 
 
@@ -121,9 +120,7 @@ def lightning_callback(evolution: Evolution) -> Any:
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             self.remove_hooks()
-            self.hooks = [
-                optimizer.register_step_post_hook(lambda *_: evolution.update()) for optimizer in trainer.optimizers
-            ]
+            self.hooks = [evolution.follow(optimizer) for optimizer in trainer.optimizers]
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             # An endless loader has infinitely many batches: its epoch stays a whole number.
@@ -169,22 +166,14 @@ def _is_written(method: Any) -> bool:
     return method is not None and method.__module__.split(".")[0] not in ("torch", "lightning", "pytorch_lightning")
 
 
-def _unbound(method: Any) -> Callable[..., Any]:
-    if isinstance(method, MethodType):
-        return method.__func__
-    return lambda self, *args, **kwargs: method(*args, **kwargs)
+def _drawing_step(utils: Any, draw: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+    """A method during which Lightly's functions draw ours."""
 
-
-def _drawing_step(method: Any, utils: Any, draw: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
-    """The method, during which Lightly's functions draw ours."""
-    own = _unbound(method)
-
-    @wraps(method)
-    def step(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def step(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with _replaced(utils):
             token = _current.set(_Step((args, kwargs), draw, _current.get()))
             try:
-                return own(self, *args, **kwargs)
+                return own(module, *args, **kwargs)
             finally:
                 _current.reset(token)
 
@@ -225,20 +214,19 @@ def _asking(own: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Te
     return eager(random_mask)
 
 
-def _checked_encode(method: Any) -> Callable[..., Any]:
-    """The method, which refuses masks that are not ours."""
-    own = _unbound(method)
+def _checked_encode(evolution: Evolution) -> Callable[..., Any]:
+    """The encoder's method, which refuses masks that are not ours."""
 
-    @wraps(method)
-    def encode(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def encode(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        evolution.embedding(module)
         masks = (*args[1:], *(value for name, value in kwargs.items() if name != "images"))
         steps = _outwards(_current.get())
-        if self.training and not any(step.has_drawn for step in steps) and any(mask is not None for mask in masks):
+        if module.training and not any(step.has_drawn for step in steps) and any(mask is not None for mask in masks):
             raise RuntimeError(
-                f"{type(self).__name__} has evolving masks, but was given one that they did not draw: {HOW_TO_DRAW}. "
+                f"{type(module).__name__} has evolving masks, but was given one that they did not draw: {HOW_TO_DRAW}. "
                 "To train with masks of your own, call .remove() on the evolution"
             )
-        return own(self, *args, **kwargs)
+        return own(module, *args, **kwargs)
 
     return eager(encode, recursive=False)
 

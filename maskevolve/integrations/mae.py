@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-from ..functional import MaskedPatches
+import torch
+from torch import nn
+
 from ..masks import Masking
-from ..teacher import PartTeacher, unwrap
-from .evolution import Evolution
+from ..random_masking import Result, UnknownResultsError, arrange, call_reader, host_method, learn_results
+from ..teacher import unwrap
+from .evolution import Evolution, Teacher, eager
 
 __all__ = ["apply_to_mae"]
 
 
-def apply_to_mae(model: nn.Module, masking: Masking, teacher: PartTeacher | None = None) -> Evolution:
-    """Let an MAE mask with `masking`, in place of its own `random_masking(x, mask_ratio)`.
+def apply_to_mae(model: nn.Module, masking: Masking, teacher: Teacher | None = None) -> Evolution:
+    """Let an MAE mask with `masking`, in place of its own `random_masking(x, mask_ratio, ...)`.
+
+    Further arguments of that are left alone, but where one is a tensor, such as noise, the mask is the model's own.
+    What is returned is what the model's own returns, in its order: visible patches, mask, ids_restore, ids_keep.
 
     Args:
         model: the MAE, wrapped in DistributedDataParallel or compiled or not; it must have `random_masking` and
             `patch_embed`, as the official one, its forks and mmpretrain's have.
         masking: the mask.
-        teacher: where the mask gets its parts from, built from the same model; None for a mask that needs none.
+        teacher: where the mask gets its parts from: a PartTeacher that was built from the same model, or any callable
+            from images to integer labels, [B, N] or, of any size, [B, h, w]. None for a mask that needs none, and where
+            they come with each batch: ``evolution.see(parts=labels)``.
 
     Returns:
         Evolution: call ``.set_epoch(epoch)`` in each epoch, ``.update()`` after each optimizer step.
 
     Raises:
-        TypeError: where the model has no such method.
-        ValueError: where it has evolving masks already, the mask needs parts and there is no teacher, or the teacher
-            was built for another architecture.
+        TypeError: where the model has no such method, or one that returns something else.
+        ValueError: where it has evolving masks already, or the teacher was built for another architecture. At the first
+            mask that needs parts, where there are none.
 
     Source: https://github.com/facebookresearch/mae
     """
@@ -38,11 +48,30 @@ def apply_to_mae(model: nn.Module, masking: Masking, teacher: PartTeacher | None
                 f"{type(model).__name__} has no `{name}`, as the official MAE has: set it, or use apply_to_timm, "
                 "apply_to_vit_mae or apply_to_lightly for a model of these"
             )
-    evolution = Evolution(model, masking, teacher)
+    own: Any = host_method(model, "random_masking")
+    read, results = call_reader(own), _try(own, model)
+    evolution = Evolution(model, masking, teacher, where=f"{type(model).__name__}.random_masking")
 
-    def random_masking(x: Tensor, mask_ratio: float) -> MaskedPatches:
-        return evolution.mask(x, mask_ratio)
+    def random_masking(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal results
+        x, mask_ratio, brings_mask = read(*args, **kwargs)
+        if brings_mask:
+            return own(module, *args, **kwargs)
+        if results is None:
+            results = eager(learn_results)(partial(own, module), *args, **kwargs)
+        return arrange(evolution.mask(x, mask_ratio), results)
 
     evolution.watch(model.get_submodule("patch_embed"))
     evolution.replace(model, "random_masking", random_masking)
     return evolution
+
+
+def _try(own: Callable[..., Any], model: nn.Module) -> tuple[Result, ...] | None:
+    """What the model's own random_masking returns, or None where only the model knows how to call it."""
+    number = getattr(model.patch_embed, "num_patches", 64)
+    try:
+        return learn_results(own, torch.arange(4.0 * number).view(2, number, 2), 0.75)
+    except UnknownResultsError:
+        raise
+    except Exception:  # whatever it needs, it is asked again when it is called
+        return None

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from types import MethodType
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..masks import Masking
-from ..teacher import PartTeacher, unwrap
-from .evolution import Evolution
+from ..teacher import unwrap
+from .evolution import Evolution, Teacher
 
 __all__ = ["apply_to_timm"]
 
 
-def apply_to_timm(vit: nn.Module, masking: Masking, teacher: PartTeacher | None = None) -> Evolution:
+def apply_to_timm(vit: nn.Module, masking: Masking, teacher: Teacher | None = None) -> Evolution:
     """Let the patch dropout of a timm ViT drop what `masking` removes; its rate stays that of the ViT.
 
     Prefix tokens (class, distillation, registers) are kept, and nothing is dropped in eval mode.
@@ -23,15 +23,17 @@ def apply_to_timm(vit: nn.Module, masking: Masking, teacher: PartTeacher | None 
     Args:
         vit: a ViT or EVA of timm, made with `patch_drop_rate`; wrapped in DistributedDataParallel or compiled or not.
         masking: the mask.
-        teacher: where the mask gets its parts from, built from the same model; None for a mask that needs none.
+        teacher: where the mask gets its parts from: a PartTeacher that was built from the same model, or any callable
+            from images to integer labels, [B, N] or, of any size, [B, h, w]. None for a mask that needs none, and where
+            they come with each batch: ``evolution.see(parts=labels)``.
 
     Returns:
         Evolution: call ``.set_epoch(epoch)`` in each epoch, ``.update()`` after each optimizer step.
 
     Raises:
         TypeError: where the model is no ViT with patch dropout.
-        ValueError: where it was made without it, has evolving masks already, the mask needs parts and there is no
-            teacher, or the teacher was built for another architecture.
+        ValueError: where it was made without it, has evolving masks already, or the teacher was built for another
+            architecture. At the first mask that needs parts, where there are none.
 
     Example:
         >>> import timm
@@ -53,21 +55,20 @@ def apply_to_timm(vit: nn.Module, masking: Masking, teacher: PartTeacher | None 
             f"this {type(vit).__name__} was made without patch dropout, and drops no patches: make it with "
             "timm.create_model(..., patch_drop_rate=0.75)"
         )
-    evolution = Evolution(vit, masking, teacher)
+    evolution = Evolution(vit, masking, teacher, where=f"{type(dropout).__name__}.forward, the ViT's patch_drop")
     # Not that of the dropout, which in distilled models does not count the distillation token.
     prefix = cast(int, vit.num_prefix_tokens)
     # In models with rotary embeddings. Older versions of timm have an option in place of a class.
     with_indices = type(dropout).__name__ == "PatchDropoutWithIndices" or getattr(dropout, "return_indices", False)
 
-    def drop(self: Any, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+    def drop(module: Any, own: Callable[..., Any], x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         keep = None
-        if self.training and self.prob > 0:
-            x, keep = _drop(evolution, x, prefix, self.prob, self.ordered, with_indices)
+        if module.training and module.prob > 0:
+            x, keep = _drop(evolution, x, prefix, module.prob, module.ordered, with_indices)
         return (x, keep) if with_indices else x
 
     evolution.watch(vit.get_submodule("patch_embed"))
-    # A method, so that a copy of the ViT (its average, say) goes by its own training mode.
-    evolution.replace(dropout, "forward", MethodType(drop, dropout))
+    evolution.replace(dropout, "forward", drop)
     return evolution
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any, cast
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from ..masks import Masking
 from ..teacher import PartTeacher, unwrap
-from .evolution import Evolution, import_host
+from .evolution import Evolution, Teacher, import_host
 
 __all__ = ["apply_to_vit_mae", "trainer_callback"]
 
@@ -18,7 +20,7 @@ STATE = "evolution.pt"
 """Where a checkpoint of the Trainer keeps the evolution."""
 
 
-def apply_to_vit_mae(model: nn.Module, masking: Masking, teacher: PartTeacher | None = None) -> Evolution:
+def apply_to_vit_mae(model: nn.Module, masking: Masking, teacher: Teacher | None = None) -> Evolution:
     """Let a ViTMAE of Hugging Face mask with `masking`, in place of its own `random_masking(sequence, noise)`.
 
     The mask ratio stays that of the model's config. Where a call is given `noise`, the mask is that of the noise, as
@@ -27,8 +29,9 @@ def apply_to_vit_mae(model: nn.Module, masking: Masking, teacher: PartTeacher | 
     Args:
         model: a ViTMAEModel or ViTMAEForPreTraining, wrapped in DistributedDataParallel or compiled or not.
         masking: the mask.
-        teacher: where the mask gets its parts from, built from the same model or from its encoder, ``model.vit``; None
-            for a mask that needs none.
+        teacher: where the mask gets its parts from: a PartTeacher that was built from the same model or from its
+            encoder, ``model.vit``, or any callable from images to integer labels, [B, N] or, of any size, [B, h, w].
+            None for a mask that needs none, and where they come with each batch: ``evolution.see(parts=labels)``.
 
     Returns:
         Evolution: call ``.set_epoch(epoch)`` in each epoch, ``.update()`` after each optimizer step, or leave both to
@@ -36,8 +39,8 @@ def apply_to_vit_mae(model: nn.Module, masking: Masking, teacher: PartTeacher | 
 
     Raises:
         TypeError: where the model is no ViTMAE.
-        ValueError: where it has evolving masks already, the mask needs parts and there is no teacher, or the teacher
-            was built for another architecture.
+        ValueError: where it has evolving masks already, or the teacher was built for another architecture. At the first
+            mask that needs parts, where there are none.
 
     Example:
         >>> from transformers import ViTMAEConfig, ViTMAEModel
@@ -58,14 +61,13 @@ def apply_to_vit_mae(model: nn.Module, masking: Masking, teacher: PartTeacher | 
         )
     encoder = cast(nn.Module, model.base_model)
     of_encoder = isinstance(teacher, PartTeacher) and type(teacher.model.module) is type(encoder)
-    evolution = Evolution(encoder, masking, teacher, encoder if of_encoder else model)
-    own = embeddings.random_masking
+    where = f"{type(embeddings).__name__}.random_masking without noise"
+    evolution = Evolution(encoder, masking, teacher, encoder if of_encoder else model, where)
 
-    def random_masking(sequence: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def random_masking(module: Any, own: Callable[..., Any], sequence: Tensor, noise: Tensor | None = None) -> Any:
         if noise is not None:
-            masked: tuple[Tensor, Tensor, Tensor] = own(sequence, noise)
-            return masked
-        return evolution.mask(sequence, embeddings.config.mask_ratio)
+            return own(module, sequence, noise)
+        return evolution.mask(sequence, module.config.mask_ratio)
 
     evolution.watch(embeddings.patch_embeddings)
     evolution.replace(embeddings, "random_masking", random_masking)
@@ -76,8 +78,8 @@ def trainer_callback(evolution: Evolution, resume_from_checkpoint: str | None = 
     """What moves an evolution along under transformers' Trainer: ``Trainer(..., callbacks=[trainer_callback(...)])``.
 
     It sets the epoch before each optimizer step, fractions included, and updates the teacher after each that is not
-    skipped. Each checkpoint of the Trainer gets a file `evolution.pt`, from which a resumed run goes on. The Trainer's
-    progress bar shows `alpha`.
+    skipped. Each checkpoint of the Trainer gets a file `evolution.pt`, from which a resumed run goes on. `alpha` and
+    `num_parts` are logged with the loss, in the Trainer's `log_history`, by TensorBoard and by Weights & Biases.
 
     Args:
         evolution: what `apply_to_vit_mae` returned.
@@ -91,7 +93,9 @@ def trainer_callback(evolution: Evolution, resume_from_checkpoint: str | None = 
         ImportError: where transformers is not installed.
         FileNotFoundError: when training is resumed from a checkpoint that has no `evolution.pt`.
     """
-    base: Any = import_host("transformers", "'transformers[torch]'").TrainerCallback
+    transformers = import_host("transformers", "'transformers[torch]'")
+    base: Any = transformers.TrainerCallback
+    _add_to_logs(transformers.Trainer)
 
     class EvolutionCallback(base):
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -116,15 +120,34 @@ def trainer_callback(evolution: Evolution, resume_from_checkpoint: str | None = 
             if not getattr(optimizer, "step_was_skipped", False):
                 evolution.update()
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if logs is not None and hasattr(evolution.masking, "alpha"):
-                logs["alpha"] = round(float(cast(Tensor, evolution.masking.alpha)), 4)
+        def for_log(self) -> dict[str, float]:
+            alpha, num_parts = getattr(evolution.masking, "alpha", None), getattr(evolution.teacher, "num_parts", None)
+            facts = {"alpha": None if alpha is None else round(float(alpha), 4), "num_parts": num_parts}
+            return {name: value for name, value in facts.items() if value is not None}
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if args.should_save:
                 torch.save(evolution.state_dict(), os.path.join(_checkpoint(args, state), STATE))
 
     return EvolutionCallback()
+
+
+@cache  # once
+def _add_to_logs(trainer: Any) -> None:
+    """Let the Trainer log what our callbacks know.
+
+    A callback can only add it after it was written to the history, and by the callbacks before it.
+    """
+    own = trainer.log
+
+    @wraps(own)
+    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "for_log"):
+                logs.update(callback.for_log())
+        own(self, logs, *args, **kwargs)
+
+    trainer.log = log
 
 
 def _load_weights(model: Any, folder: str) -> None:

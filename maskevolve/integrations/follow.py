@@ -1,0 +1,78 @@
+"""What runs after each step of an optimizer, whatever it is wrapped in."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["call_after_steps"]
+
+_followers: WeakKeyDictionary[Any, RemovableHandle] = WeakKeyDictionary()
+
+
+def call_after_steps(optimizer: Any, function: Callable[[], None]) -> RemovableHandle:
+    """Call a function after each step of an optimizer that is not skipped.
+
+    Args:
+        optimizer: one of torch or made like them, bare or wrapped by Accelerate or Lightning, or DeepSpeed's.
+        function: without arguments.
+
+    Returns:
+        A handle, whose ``.remove()`` ends it.
+
+    Raises:
+        TypeError: where there is no step to follow.
+    """
+    optimizer = _unwrap(optimizer)
+    if not callable(getattr(optimizer, "step", None)):
+        raise TypeError(f"optimizer={optimizer!r} has no step() to follow: pass the optimizer itself")
+
+    def after(*_: Any) -> None:
+        if not _was_skipped(optimizer):
+            function()
+
+    if _runs_hooks(optimizer):
+        handle: RemovableHandle = optimizer.register_step_post_hook(after)
+        return handle
+    return _wrap_step(optimizer, after)
+
+
+def _unwrap(optimizer: Any) -> Any:
+    """The optimizer that steps. Accelerate's and Lightning's wrappers are asked for steps that they do not take."""
+    while isinstance(optimizer, Optimizer) and not _runs_hooks(optimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _runs_hooks(optimizer: Any) -> bool:
+    """Whether torch has made this optimizer's step run hooks: not that of a subclass that leaves out `__init__`."""
+    return getattr(type(optimizer).step, "hooked", False)
+
+
+def _was_skipped(optimizer: Any) -> bool:
+    """Whether float16 gradients overflowed. A GradScaler tells a fused optimizer, DeepSpeed's optimizers say so."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return bool(getattr(optimizer, "overflow", False)) or (found_inf is not None and bool(found_inf))
+
+
+def _wrap_step(optimizer: Any, after: Callable[[], None]) -> RemovableHandle:
+    hooks: OrderedDict[int, Callable[[], None]] = OrderedDict()
+    handle = RemovableHandle(hooks)
+    hooks[handle.id] = after
+    own = optimizer.step
+
+    @wraps(own)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        result = own(*args, **kwargs)
+        for hook in hooks.values():
+            hook()
+        return result
+
+    optimizer.step = step
+    return handle
