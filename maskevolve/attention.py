@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from .functional import MaskedPatches
 from .random_masking import Result, arrange, host_method, learn_results
 
-__all__ = ["attention_affinity", "attention_modules", "patch_grid", "token_affinity", "whole_patches"]
+__all__ = ["attention_affinity", "attention_modules", "patch_grid", "reading", "token_affinity", "whole_patches"]
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
 """An attention module is one that has its number of heads under one of these names."""
@@ -216,13 +216,10 @@ class _Reader(TorchFunctionMode):
         if self.running not in self.left:
             return func(*args, **kwargs)
         if func is scaled_dot_product_attention:
-            attention, output = _attend(*args, **kwargs)  # not taken twice
-            self._add(attention)
-            return output
-        if func is multi_head_attention_forward:  # nn.MultiheadAttention, whose inside no mode sees
-            output, attention = func(*args, **{**kwargs, "need_weights": True, "average_attn_weights": True})
-            self._add(attention[:, None])
-            return output, attention
+            self._add(_attend(*args, **kwargs)[0])
+        elif func is multi_head_attention_forward:  # nn.MultiheadAttention, whose inside no mode sees
+            weights = {"need_weights": True, "average_attn_weights": True, "training": False}
+            self._add(func(*args, **{**kwargs, **weights})[1][:, None])
         result = func(*args, **kwargs)
         if func in (Tensor.softmax, torch.softmax, softmax):
             self._add(result)
@@ -244,6 +241,66 @@ class _Reader(TorchFunctionMode):
         self.left = {module for module in self.left if module is not self.running}
         if not self.left:
             raise _Done
+
+
+@contextmanager
+def reading(model: nn.Module, layers: Sequence[int] | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Read the attention of a forward pass that runs anyway, such as that of a teacher: there is no second pass.
+
+    What the model returns, its gradients and the random state are those that it has without this.
+
+    Args:
+        model: see `attention_affinity`, but it masks if it does. Not compiled: what torch.compile fused is not seen.
+        layers: which attention layers, counted from 0 or, below 0, from the end; all where None.
+
+    Yields:
+        A function from the images of that pass, [B, C, height, width], to what `attention_affinity` returns for them:
+        [B, N, N] float32, without gradient. It may be called in the context or after it. Each forward pass starts anew:
+        of several, the last one counts.
+
+    Raises:
+        ValueError: where a layer does not exist; by the function, where the images are no such batch or patches were
+            left out.
+        RuntimeError: by the function, where a layer was not run or took no attention that can be read.
+
+    Example:
+        >>> import timm
+        >>> vit, images = timm.create_model("vit_tiny_patch16_224", depth=2).eval(), torch.randn(1, 3, 224, 224)
+        >>> with reading(vit) as affinity:
+        ...     features = vit(images)
+        >>> affinity(images).shape
+        torch.Size([1, 196, 196])
+    """
+    wanted = attention_modules(model, layers)
+    reader = _Onlooker([module for _, module in wanted])
+
+    def affinity(images: Tensor) -> Tensor:
+        if reader.total is None or reader.left:
+            silent = ", ".join(name for name, module in wanted if module in reader.left)
+            raise RuntimeError(_not_found(model, f"took no softmax attention in {silent} while it was read"))
+        if len(reader.total) != len(images):
+            raise ValueError(
+                f"attention of {len(reader.total)} images was read last, but images has shape {list(images.shape)}: "
+                "give the images of the last pass"
+            )
+        prefix = _count_prefix(model, images, reader.total.shape[1])
+        return reader.total[:, prefix:, prefix:] / len(reader.modules)
+
+    with reader.hooked(), reader:
+        yield affinity
+
+
+class _Onlooker(_Reader):
+    """A reader that ends no forward pass, and starts anew when a module runs again."""
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if module not in self.left:
+            self.left, self.total = set(self.modules), None
+        super()._enter(module, args)
+
+    def _add(self, attention: Tensor) -> None:
+        with suppress(_Done):
+            super()._add(attention.detach())
 
 
 def _attend(

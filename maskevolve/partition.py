@@ -59,8 +59,8 @@ class PartHierarchy(NamedTuple):
         num_parts = _whole(num_parts)
         if num_parts > self.num_parts:
             raise ValueError(
-                f"num_parts={num_parts} is more than the {self.num_parts} parts that this hierarchy was made for: make it "
-                f"with hierarchy(affinity, num_parts={num_parts})"
+                f"num_parts={num_parts} is more than the {self.num_parts} parts that this hierarchy was made for: make "
+                f"it with hierarchy(affinity, num_parts={num_parts})"
             )
         depth = self.order.shape[1].bit_length() - 1
         # The splits that are made lie on the way from the root: their number is the depth of a patch's part.
