@@ -197,7 +197,7 @@ class TestEverydayTraining:
         vit, size = make(name)
         evolution = evolving(vit)
         optimizer, scaler = torch.optim.AdamW(vit.parameters()), torch.amp.GradScaler("cpu", dtype == torch.float16)
-        optimizer.register_step_post_hook(lambda *_: evolution.update())
+        evolution.follow(optimizer)
         with torch.autocast("cpu", dtype):
             loss = vit(torch.randn(2, 3, *size)).square().mean()
         scaler.scale(loss).backward()
