@@ -79,7 +79,7 @@ def test_same_permutation_same_loss(cls, attention):
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_noise_keeps_its_meaning(cls):
-    model, images = make(cls), pictures()
+    model, images = make(cls).eval(), pictures()
     noise = torch.rand(2, 64)
     own = model(images, noise=noise)
     evolve(model).set_epoch(3)
@@ -173,7 +173,7 @@ def test_teacher_may_be_built_from_the_encoder_alone(part):
 
 def test_a_copy_masks_with_its_own_embeddings():
     model, images = make(), pictures()
-    apply_to_vit_mae(model, RandomMask())
+    evolution = apply_to_vit_mae(model, RandomMask())
     copy = deepcopy(model)
     with torch.no_grad():
         copy.vit.embeddings.patch_embeddings.projection.weight.mul_(2)
@@ -183,6 +183,11 @@ def test_a_copy_masks_with_its_own_embeddings():
     theirs = copy(images)
     assert torch.equal(ours.mask, theirs.mask)
     assert ours.loss != theirs.loss
+    evolution.remove()
+    torch.manual_seed(2)
+    theirs, unpatched = copy(images), make()
+    torch.manual_seed(2)
+    assert torch.equal(theirs.mask, unpatched(images).mask)
 
 
 def test_everyday_training():
