@@ -72,8 +72,7 @@ def evolve(
         settings["layers"] = options.layers or "tokens"
         teacher = PartTeacher(model, GraphCutPartitioner(), total_epochs=epochs, **settings)
     evolution = apply(model, masking, teacher)
-    # Not called where a GradScaler skips the step.
-    optimizer.register_step_post_hook(lambda *_: evolution.update())
+    evolution.follow(optimizer)
     return evolution
 
 

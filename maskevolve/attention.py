@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -380,9 +381,12 @@ def _all_patches(model: nn.Module) -> Iterator[None]:
         return
     before, own = vars(owner).get("random_masking"), host_method(owner, "random_masking")
 
-    def keep_all(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    first = next(iter(signature(own).parameters))
+
+    def keep_all(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        x = args[0] if args else kwargs[first]
         if owner not in _results:
-            _results[owner] = learn_results(own, x, *args, **kwargs)
+            _results[owner] = learn_results(lambda: own(*args, **kwargs), x)
         in_order = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         return arrange(MaskedPatches(x, torch.zeros_like(in_order), in_order), _results[owner])
 

@@ -70,14 +70,12 @@ def call_reader(method: Callable[..., Any]) -> Callable[..., tuple[Tensor, Any, 
 
 
 @torch.no_grad()
-def learn_results(method: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> tuple[Result, ...]:
+def learn_results(call: Callable[[], Any], x: Tensor) -> tuple[Result, ...]:
     """What `random_masking` returns: call it once, and recognise each value. Random states are as before.
 
     Args:
-        method: the model's own, bound to it.
+        call: calls the model's own with the patches x.
         x: patches [B, N, D], no two alike.
-        *args: what it is called with besides.
-        **kwargs: the same.
 
     Raises:
         UnknownResultsError: where it returns something else.
@@ -86,11 +84,12 @@ def learn_results(method: Callable[..., Any], x: Tensor, *args: Any, **kwargs: A
         >>> def random_masking(x, mask_ratio):
         ...     ids_shuffle = torch.rand(x.shape[:2]).argsort(1)
         ...     return ids_shuffle[:, : int(x.shape[1] * (1 - mask_ratio))], ids_shuffle.argsort(1)
-        >>> [result.name for result in learn_results(random_masking, torch.arange(32.0).view(2, 16, 1), 0.5)]
+        >>> x = torch.arange(32.0).view(2, 16, 1)
+        >>> [result.name for result in learn_results(lambda: random_masking(x, 0.5), x)]
         ['ids_keep', 'ids_restore']
     """
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
-        returned = method(x, *args, **kwargs)
+        returned = call()
     values = returned if isinstance(returned, tuple | list) else (returned,)
     orders = [value for value in values if isinstance(value, Tensor) and not value.is_floating_point()]
     for order in orders:
@@ -136,7 +135,7 @@ def _name(values: Any, x: Tensor, ids_restore: Tensor) -> list[str]:
         visible = x.gather(1, ids_shuffle[:, :keep, None].expand(-1, -1, x.shape[2]))
         known = _values(visible, (ids_restore >= keep).float(), ids_restore)
         names = [next((name for name, make in known.items() if _is_same(value, make())), "") for value in values]
-        if all(names):
+        if all(names) and {*names} - {"ids_restore", "ids_shuffle"}:  # which of these two it is, other values tell
             return names
     return []
 

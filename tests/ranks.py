@@ -49,7 +49,7 @@ class Run:
         self.model = DistributedDataParallel(model)  # finds no unused parameters, and stops where there are some
         self.evolution = apply(self.model, EvolvingMask(EPOCHS), teacher)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
-        self.optimizer.register_step_post_hook(lambda *_: self.evolution.update())
+        self.evolution.follow(self.optimizer)
         self.masks, self.first_teacher = [], None
         draw = self.evolution.mask
         self.evolution.mask = lambda *args: self.masks.append(draw(*args)) or self.masks[-1]
@@ -136,3 +136,48 @@ def _sharded(before):
     kinds = {type(parameter).__name__ for parameter in model.parameters()}
     results = {"losses": losses, "masks": masks, "teachers": teachers, "students": students}
     return {**results, "kinds": kinds, "refused": refused}
+
+
+def sharded_before(rank):
+    """FSDP1, with weights flattened or not, the masks applied before and after: a teacher, and parts from elsewhere."""
+    cases = [(as_they_are, before) for as_they_are in (False, True) for before in (False, True)]
+    return {f"{case}": _sharded_before(*case) for case in cases}
+
+
+def _sharded_before(as_they_are, before):
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    def shard(model):
+        strategy = ShardingStrategy.SHARD_GRAD_OP  # for FULL_SHARD wants a GPU
+        return FullyShardedDataParallel(
+            model, sharding_strategy=strategy, use_orig_params=as_they_are, device_id=torch.device("cpu")
+        )
+
+    def parts_of(images):
+        return torch.arange(64).expand(len(images), -1) // 8
+
+    images, answers = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(9)), []
+    model = MAE(seed=0)
+    teacher = PartTeacher(model, GraphCutPartitioner(), total_epochs=EPOCHS, num_parts=(8, 4))
+    wrapped = None if before else shard(model)
+    try:
+        evolution = apply_to_mae(wrapped or model, EvolvingMask(EPOCHS), teacher).set_epoch(2)
+        wrapped = wrapped or shard(model)
+        evolution.update()
+    except ValueError as error:
+        answers.append(str(error))
+    model = MAE(seed=0)
+    wrapped = None if before else shard(model)
+    evolution = apply_to_mae(wrapped or model, EvolvingMask(EPOCHS), parts_of).set_epoch(2)
+    wrapped = wrapped or shard(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), 0.1)
+    evolution.follow(optimizer)
+    torch.manual_seed(3)
+    losses = []
+    for _ in range(3):
+        loss = wrapped(images)[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return {"answers": answers, "losses": losses, "mask": evolution.last_mask}

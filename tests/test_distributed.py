@@ -61,6 +61,16 @@ def test_fully_sharded(tmp_path):
         assert "build the teacher before fully_shard(model)" in result["refused"]
 
 
+def test_fully_sharded_in_the_first_way(tmp_path):
+    """FSDP1: no teacher can follow it, which is said; parts from elsewhere do."""
+    first, second = ranks.on_ranks(ranks.sharded_before, tmp_path)
+    for case, result in first.items():
+        assert len(result["answers"]) == 1, case
+        assert "sharded by FullyShardedDataParallel (FSDP1)" in result["answers"][0]
+        assert not torch.equal(result["mask"], second[case]["mask"])
+        assert result["losses"][-1] < result["losses"][0]
+
+
 @pytest.mark.parametrize("trainer", ["hugging_face", "lightly"])
 def test_trainers_under_torchrun(tmp_path, trainer):
     worker = str(Path(__file__).with_name("trainers.py"))

@@ -256,9 +256,40 @@ def test_torchvisions_attention_is_read():
     assert mae(images).shape == (2, 17, 48)
 
 
+def test_parts_that_came_with_the_batch():
+    mae, images, parts = Plain(), pictures(), torch.arange(64).expand(2, -1) % 7
+    evolution = apply_to_lightly(mae, PartMask())
+    evolution.see(parts=parts)
+    mae(images)
+    assert torch.equal(evolution.last_parts, parts)
+    assert torch.equal(evolution.last_mask, torch.zeros(2, 64).scatter(1, mae.idx_mask - 1, 1))
+    evolution.see(images, parts)
+    mae(images, extra=pictures())
+    with pytest.raises(ValueError, match="needs parts"):
+        mae(pictures())
+
+
+def test_an_encoder_that_is_given_no_mask_in_training():
+    mae = Plain(draw=lambda images, length: (None, None))
+    evolution = apply_to_lightly(mae, RandomMask())
+    mae(pictures())
+    with pytest.warns(UserWarning, match=r"not masked: utils\.random_token_mask"):
+        evolution.update()
+
+
+def test_masks_that_are_fixed_for_validation():
+    mae, masks = Plain(), []
+    evolution = evolve(mae).set_epoch(2)
+    for _ in range(2):
+        with evolution.fixed(seed=3):
+            mae(pictures())
+        masks.append(mae.idx_mask.sort(1).values)
+    assert torch.equal(*masks)
+
+
 def test_a_copy_runs_its_own_weights():
     mae, images = Plain(), pictures()
-    apply_to_lightly(mae, RandomMask())
+    evolution = apply_to_lightly(mae, RandomMask())
     copy = deepcopy(mae)
     with torch.no_grad():
         copy.backbone.vit.norm.weight.mul_(2)
@@ -268,6 +299,11 @@ def test_a_copy_runs_its_own_weights():
     theirs = copy(images)
     assert torch.equal(mae.idx_keep, copy.idx_keep)
     torch.testing.assert_close(2 * ours, theirs)
+    evolution.remove()
+    torch.manual_seed(2)
+    copy(images)
+    torch.manual_seed(2)
+    assert torch.equal(copy.idx_keep, OWN["random_token_mask"]((2, 65), 0.75)[0])
 
 
 def test_everyday_training():

@@ -99,7 +99,7 @@ def test_masks_follow_the_epoch_and_the_teacher_the_optimizer():
         assert float(evolution.masking.alpha) == pytest.approx(alpha)
         assert evolution.teacher.num_parts == parts
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer.register_step_post_hook(lambda *_: evolution.update())
+    evolution.follow(optimizer)
     before = copy.deepcopy(evolution.teacher.model.module.state_dict())
     for _ in range(2):
         loss_and_gradients(model, images)
@@ -176,7 +176,7 @@ class TestEverydayTraining:
         model, images = MAE(), torch.randn(2, 3, 64, 64)
         evolution = evolving(model)
         optimizer, scaler = torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu", init_scale=1024.0)
-        optimizer.register_step_post_hook(lambda *_: evolution.update())
+        evolution.follow(optimizer)
         for step, updates in enumerate((1, 1, 2)):
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.float16):

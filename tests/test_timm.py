@@ -161,6 +161,32 @@ def test_copies_go_by_their_own_mode():
     assert copy.deepcopy(vit).forward_features(images).shape[1] == 10
 
 
+def test_copies_forget_the_masks_when_they_are_removed():
+    vit, size = make("plain")
+    evolution, images = evolving(vit), torch.randn(2, 3, *size)
+    average = copy.deepcopy(vit)
+    evolution.remove()
+    outputs = []
+    for each in (vit, average, make("plain")[0]):
+        torch.manual_seed(1)
+        outputs.append(each.forward_features(images))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_parts_that_came_with_the_batch_and_fixed_masks():
+    vit, size = make("plain")
+    evolution, images = apply_to_timm(vit, PartMask()), torch.randn(3, 3, *size)
+    parts, kept = torch.arange(36).expand(3, -1) % 5, []
+    for seed in (1, 1, 2):
+        with evolution.fixed(seed):
+            evolution.see(parts=parts)
+            kept.append(vit.forward_features(images))
+        assert torch.equal(evolution.last_parts, parts)
+    assert torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[0], kept[2])
+
+
 def test_whole_parts_of_the_images_at_hand():
     vit, _ = make("plain")
     teacher, images = make_teacher(vit), photographs(6, 96)
@@ -197,7 +223,7 @@ class TestEverydayTraining:
         vit, size = make(name)
         evolution = evolving(vit)
         optimizer, scaler = torch.optim.AdamW(vit.parameters()), torch.amp.GradScaler("cpu", dtype == torch.float16)
-        optimizer.register_step_post_hook(lambda *_: evolution.update())
+        evolution.follow(optimizer)
         with torch.autocast("cpu", dtype):
             loss = vit(torch.randn(2, 3, *size)).square().mean()
         scaler.scale(loss).backward()

@@ -11,6 +11,7 @@ import vit_mae as example
 from test_pretrain import equal
 from transformers import (
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     ViTConfig,
     ViTMAEConfig,
@@ -78,7 +79,7 @@ def test_same_permutation_same_loss(cls, attention):
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_noise_keeps_its_meaning(cls):
-    model, images = make(cls), pictures()
+    model, images = make(cls).eval(), pictures()
     noise = torch.rand(2, 64)
     own = model(images, noise=noise)
     evolve(model).set_epoch(3)
@@ -172,7 +173,7 @@ def test_teacher_may_be_built_from_the_encoder_alone(part):
 
 def test_a_copy_masks_with_its_own_embeddings():
     model, images = make(), pictures()
-    apply_to_vit_mae(model, RandomMask())
+    evolution = apply_to_vit_mae(model, RandomMask())
     copy = deepcopy(model)
     with torch.no_grad():
         copy.vit.embeddings.patch_embeddings.projection.weight.mul_(2)
@@ -182,6 +183,11 @@ def test_a_copy_masks_with_its_own_embeddings():
     theirs = copy(images)
     assert torch.equal(ours.mask, theirs.mask)
     assert ours.loss != theirs.loss
+    evolution.remove()
+    torch.manual_seed(2)
+    theirs, unpatched = copy(images), make()
+    torch.manual_seed(2)
+    assert torch.equal(theirs.mask, unpatched(images).mask)
 
 
 def test_everyday_training():
@@ -344,6 +350,60 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path, step, moved)
     assert equal(whole.model.state_dict(), resumed.model.state_dict())
     assert equal(expected.state_dict()["teacher"], evolution.state_dict()["teacher"])
     assert equal(expected.state_dict()["masking"], evolution.state_dict()["masking"])
+
+
+class Report(TrainerCallback):
+    """What TensorBoard's and other callbacks are given to write."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **_):
+        self.logs.append(dict(logs))
+
+
+class SecondReport(Report):
+    """The Trainer warns of two callbacks of one class."""
+
+
+def test_alpha_and_parts_are_logged_whatever_the_order_of_callbacks(tmp_path):
+    before, after = Report(), SecondReport()
+    trainer, _ = make_trainer(tmp_path, logging_steps=3)
+    trainer.callback_handler.callbacks.insert(0, before)
+    trainer.add_callback(after)
+    trainer.train()
+    assert before.logs == after.logs
+    written = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for logs in ([entry for entry in before.logs if "loss" in entry], written):
+        assert [entry["num_parts"] for entry in logs] == [7, 5, 4]
+        assert [entry["alpha"] for entry in logs] == pytest.approx(
+            [((step / 3 + 1) / 3) ** 0.5 for step in (2, 5, 6)], abs=1e-4
+        )
+    # Trainers without the callback log what they did.
+    other = Trainer(make(), trainer.args, train_dataset=Images(4))
+    other.log({"loss": 1.0})
+    assert set(other.state.log_history[-1]) <= {"loss", "epoch", "step"}
+
+
+def test_parts_travel_with_the_batches_of_the_trainer(tmp_path):
+    class Labelled(Images):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), "parts": torch.full((64,), index) + torch.arange(64) // 8}
+
+    class PartsTrainer(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            parts = inputs.pop("parts")
+            evolution.see(parts=parts)
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            assert torch.equal(evolution.last_parts, parts)
+            return loss
+
+    model = make()
+    evolution = apply_to_vit_mae(model, EvolvingMask(2))
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "remove_unused_columns": False}
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, save_strategy="no", **settings)
+    PartsTrainer(model, args, train_dataset=Labelled(8), callbacks=[trainer_callback(evolution)]).train()
+    assert evolution.masking.alpha == 1
 
 
 def test_resuming_without_the_evolution_is_an_error(tmp_path):

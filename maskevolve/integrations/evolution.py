@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from importlib import import_module
 from itertools import zip_longest
 from types import MethodType
 from typing import Any, TypeVar, cast
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,12 @@ from torch import distributed as dist
 from torch.utils.hooks import RemovableHandle
 
 from ..attention import patch_grid
+from ..fixed import FixedDraws, kept_random_states
 from ..functional import MaskedPatches, resolve_grid
 from ..masks import Masking
 from ..random_masking import host_method
 from ..teacher import PartTeacher
-from .follow import call_after_steps
+from .follow import call_after_steps, is_active, unwrap_optimizer
 from .labels import HOW_TO_GET_A_TEACHER, check_labels, check_teacher, labels_to_grid, takes_argument
 from .watch import Watch
 
@@ -89,8 +90,8 @@ class Evolution:
         self.total_epochs = teachers if epochs is None else epochs
         self.last_mask: Tensor | None = None
         self.last_parts: Tensor | None = None
-        # What a thread has seen since its last mask: nn.DataParallel, for one, runs a model in several threads. No class
-        # of our own, for torch.compile loses what it sets there.
+        # What a thread has seen since its last mask: nn.DataParallel, for one, runs a model in several threads. No
+        # class of our own, for torch.compile loses what it sets there.
         self._seen = threading.local()
         self._masked_before: tuple[Tensor, int, Tensor] | None = None
         needs_parts = any(getattr(mask, "needs_parts", False) for mask in masking.modules())
@@ -98,6 +99,8 @@ class Evolution:
         self._has_epoch = not any(hasattr(part, "set_epoch") for part in (masking, teacher))
         self._watch = Watch(self.student, where, hasattr(teacher, "update"))
         self._lock = threading.RLock()
+        self._followed: WeakKeyDictionary[Any, RemovableHandle] = WeakKeyDictionary()
+        self._fixed: FixedDraws | None = None
         self._is_removed = False
         self._undo = ExitStack()
         _evolving.add(model)
@@ -139,9 +142,21 @@ class Evolution:
             A handle, whose ``.remove()`` ends it.
 
         Raises:
+            TypeError: where it has no step.
             ValueError: where it is followed already.
+
+        Example:
+            >>> import timm
+            >>> from maskevolve import EvolvingMask, GraphCutPartitioner
+            >>> from maskevolve.integrations import apply_to_timm
+            >>> vit = timm.create_model("vit_tiny_patch16_224", depth=1, patch_drop_rate=0.75)
+            >>> teacher = PartTeacher(vit, GraphCutPartitioner(), total_epochs=100)
+            >>> handle = apply_to_timm(vit, EvolvingMask(100), teacher).follow(torch.optim.AdamW(vit.parameters()))
         """
-        handle = call_after_steps(optimizer, self.update)
+        optimizer = unwrap_optimizer(optimizer)
+        if is_active(self._followed.get(optimizer)):
+            raise ValueError(f"this {type(optimizer).__name__} is followed already: call follow(optimizer) once")
+        handle = self._followed[optimizer] = call_after_steps(optimizer, lambda: self.update())
         self._undo.callback(handle.remove)
         return handle
 
@@ -150,7 +165,8 @@ class Evolution:
 
         Args:
             images: whose patches are masked, where the model does not show them itself: [B, C, height, width].
-            parts: that came with the batch, in place of the teacher's: integer labels [B, N], or [B, h, w] of any size.
+            parts: that came with the batch, in place of the teacher's: integer labels [B, N], or [B, h, w] of any
+                size.
 
         Raises:
             TypeError: where the parts are no array or tensor.
@@ -167,9 +183,28 @@ class Evolution:
         self._seen.parts = None if was_given else check_labels(parts)
         if was_given:
             raise RuntimeError(
-                "parts were given twice, with no mask in between: call evolution.see(parts=...) once for each batch, in "
-                "the thread that calls the model (nn.DataParallel has threads of its own: use DistributedDataParallel)"
+                "parts were given twice, with no mask in between: call evolution.see(parts=...) once for each batch, "
+                "in the thread that calls the model (nn.DataParallel has its own: use DistributedDataParallel)"
             )
+
+    @contextmanager
+    def fixed(self, seed: int = 0) -> Iterator[None]:
+        """Draw the same masks in every pass over the same images: ``with evolution.fixed(): validate(model)``.
+
+        The mask of an image depends on the seed and on how many images came before it in the context, in batches of any
+        size; of several ranks, each is taken to have every so many-th image, as DistributedSampler gives them. torch's
+        random states are afterwards what they were before.
+
+        Args:
+            seed: any whole number of at least 0.
+        """
+        ranks = (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
+        before, self._fixed = self._fixed, FixedDraws(seed, *ranks)
+        try:
+            with kept_random_states():
+                yield
+        finally:
+            self._fixed = before
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the mask and of the teacher, to be saved with the model's."""
@@ -237,10 +272,8 @@ class Evolution:
 
     def embedding(self, module: nn.Module) -> None:
         """Note that a module embeds images now."""
-        if not torch.compiler.is_compiling():
-            self._watch.check_masks()
         if module.training and torch.is_grad_enabled():
-            self._watch.is_embedded = True
+            self._watch.note_embedding()
 
     @property
     def images(self) -> Tensor | None:
@@ -262,7 +295,7 @@ class Evolution:
             self._has_epoch = True
             _warn_of_epoch()
         x = x.unflatten(1, resolve_grid(x.shape[1], patch_grid(self.model, images)))
-        if self._takes_parts or _is_distributed():
+        if self._takes_parts or self._fixed is not None or _is_distributed():
             masked = self._mask_eagerly(x, mask_ratio, images)
         else:
             masked = cast(MaskedPatches, self.masking(x, mask_ratio))
@@ -274,8 +307,10 @@ class Evolution:
         """Outside of a compiled model, which can trace neither a teacher nor a generator."""
         if self.masking.needs_parts and self.model.training and torch.is_grad_enabled():
             self._watch.check_updates()
-        parts, generator = self._parts(images, (x.shape[1], x.shape[2])), _generator_of_rank(x.device)
-        self.last_parts = parts
+        parts = self.last_parts = self._parts(images, (x.shape[1], x.shape[2]))
+        if self._fixed is not None:
+            return self._fixed.mask(self.masking, x, mask_ratio, parts)
+        generator = _generator_of_rank(x.device)
         return cast(MaskedPatches, self.masking(x, mask_ratio, parts=parts, generator=generator))
 
     @torch.no_grad()
@@ -353,9 +388,9 @@ def _refuse_fsdp1(student: nn.Module) -> None:
     """FSDP1 flattens weights and keeps a shard of them, from which no average can be made."""
     if any(getattr(parameter, "_fsdp_flattened", False) for parameter in student.parameters()):
         raise ValueError(
-            f"this {type(student).__name__} is sharded by FullyShardedDataParallel (FSDP1), whose weights no teacher "
-            "can follow: shard it with torch.distributed.fsdp.fully_shard (FSDP2), after the teacher was built, or give "
-            "parts from elsewhere, as a function from images to labels or with evolution.see(parts=labels)"
+            f"this {type(student).__name__} is sharded by FullyShardedDataParallel (FSDP1), whose weights no "
+            "teacher can follow: shard it with torch.distributed.fsdp.fully_shard (FSDP2) after the teacher was built, "
+            "or give parts from elsewhere, as a function from images to labels or with evolution.see(parts=labels)"
         )
 
 

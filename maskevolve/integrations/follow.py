@@ -6,21 +6,18 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["call_after_steps"]
-
-_followers: WeakKeyDictionary[Any, RemovableHandle] = WeakKeyDictionary()
+__all__ = ["call_after_steps", "is_active", "unwrap_optimizer"]
 
 
 def call_after_steps(optimizer: Any, function: Callable[[], None]) -> RemovableHandle:
     """Call a function after each step of an optimizer that is not skipped.
 
     Args:
-        optimizer: one of torch or made like them, bare or wrapped by Accelerate or Lightning, or DeepSpeed's.
+        optimizer: what `unwrap_optimizer` returns.
         function: without arguments.
 
     Returns:
@@ -29,7 +26,6 @@ def call_after_steps(optimizer: Any, function: Callable[[], None]) -> RemovableH
     Raises:
         TypeError: where there is no step to follow.
     """
-    optimizer = _unwrap(optimizer)
     if not callable(getattr(optimizer, "step", None)):
         raise TypeError(f"optimizer={optimizer!r} has no step() to follow: pass the optimizer itself")
 
@@ -43,11 +39,17 @@ def call_after_steps(optimizer: Any, function: Callable[[], None]) -> RemovableH
     return _wrap_step(optimizer, after)
 
 
-def _unwrap(optimizer: Any) -> Any:
+def unwrap_optimizer(optimizer: Any) -> Any:
     """The optimizer that steps. Accelerate's and Lightning's wrappers are asked for steps that they do not take."""
     while isinstance(optimizer, Optimizer) and not _runs_hooks(optimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def is_active(handle: RemovableHandle | None) -> bool:
+    """Whether there is a handle, and what it stands for is still called."""
+    hooks = None if handle is None else handle.hooks_dict_ref()
+    return handle is not None and hooks is not None and handle.id in hooks
 
 
 def _runs_hooks(optimizer: Any) -> bool:

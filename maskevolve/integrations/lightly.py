@@ -218,7 +218,6 @@ def _checked_encode(evolution: Evolution) -> Callable[..., Any]:
     """The encoder's method, which refuses masks that are not ours."""
 
     def encode(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        evolution.embedding(module)
         masks = (*args[1:], *(value for name, value in kwargs.items() if name != "images"))
         steps = _outwards(_current.get())
         if module.training and not any(step.has_drawn for step in steps) and any(mask is not None for mask in masks):
@@ -226,6 +225,7 @@ def _checked_encode(evolution: Evolution) -> Callable[..., Any]:
                 f"{type(module).__name__} has evolving masks, but was given one that they did not draw: {HOW_TO_DRAW}. "
                 "To train with masks of your own, call .remove() on the evolution"
             )
+        evolution.embedding(module)
         return own(module, *args, **kwargs)
 
     return eager(encode, recursive=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ def apply_to_mae(model: nn.Module, masking: Masking, teacher: Teacher | None = N
         if brings_mask:
             return own(module, *args, **kwargs)
         if results is None:
-            results = eager(learn_results)(partial(own, module), *args, **kwargs)
+            results = eager(learn_results)(lambda: own(module, *args, **kwargs), x)
         return arrange(evolution.mask(x, mask_ratio), results)
 
     evolution.watch(model.get_submodule("patch_embed"))
@@ -69,8 +68,9 @@ def apply_to_mae(model: nn.Module, masking: Masking, teacher: Teacher | None = N
 def _try(own: Callable[..., Any], model: nn.Module) -> tuple[Result, ...] | None:
     """What the model's own random_masking returns, or None where only the model knows how to call it."""
     number = getattr(model.patch_embed, "num_patches", 64)
+    x = torch.arange(4.0 * number).view(2, number, 2)
     try:
-        return learn_results(own, torch.arange(4.0 * number).view(2, number, 2), 0.75)
+        return learn_results(lambda: own(x, 0.75), x)
     except UnknownResultsError:
         raise
     except Exception:  # whatever it needs, it is asked again when it is called

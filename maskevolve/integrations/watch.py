@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 
+import torch
 from torch import nn
 
 __all__ = ["Watch"]
@@ -22,8 +24,17 @@ class Watch:
         self.student, self.where, self.awaits_update = student, where, awaits_update
         # Compiled code only ever writes these: what it read would be a guard, and a change of it a new compilation.
         self.is_embedded = self.is_masked = False
+        self._thread = threading.local()
         self._version: int | None = None
         self._steps = 0
+
+    def note_embedding(self) -> None:
+        """Note that images are embedded in training, and warn where this thread has not masked those before."""
+        if not torch.compiler.is_compiling():
+            if getattr(self._thread, "is_embedded", False):
+                self.check_masks()
+            self._thread.is_embedded = True
+        self.is_embedded = True
 
     def check_masks(self) -> None:
         """Warn where images were embedded in training, but none was ever masked."""

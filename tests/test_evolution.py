@@ -1,0 +1,574 @@
+"""What all integrations share: parts from anywhere, threads, steps of optimizers, and what is hooked but not used."""
+
+import copy
+import threading
+import time
+import warnings
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import timm
+import timm.optim
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from vits import MAE
+
+from maskevolve import EvolvingMask, GraphCutPartitioner, PartMask, PartTeacher, RandomMask
+from maskevolve.fixed import fixed_masks
+from maskevolve.integrations import apply_to_mae, apply_to_timm
+
+QUADRANTS = torch.arange(64).view(8, 8) // 4 % 2 + torch.arange(64).view(8, 8) // 32 * 2  # of a grid of 8 x 8 patches
+
+
+def make_teacher(model, **options):
+    return PartTeacher(model, GraphCutPartitioner(), **{"total_epochs": 10, "num_parts": (8, 4), **options})
+
+
+def torn(mask, parts):
+    """How many parts of each image are removed in part only."""
+    pairs = zip(mask.bool(), parts, strict=True)
+    return [sum(one[of == part].unique().numel() == 2 for part in of.unique()) for one, of in pairs]
+
+
+def random_parts(batch, seed=0):
+    """[B, 64], seven in each image, whose patches are scattered."""
+    return torch.randint(7, (batch, 64), generator=torch.Generator().manual_seed(seed))
+
+
+class TestPartsFromAnywhere:
+    @pytest.mark.parametrize(
+        "labels",
+        [
+            QUADRANTS.view(1, 64),
+            QUADRANTS[None],
+            QUADRANTS[None].repeat_interleave(5, 1).repeat_interleave(5, 2),
+            torch.tensor([[[0, 1], [2, 3]]]),
+            torch.tensor([[[-1, 255], [7, -(10**6)]]]),
+        ],
+        ids=["patches", "grid", "finer", "coarser", "sparse"],
+    )
+    @pytest.mark.parametrize("kind", ["function", "module", "numpy", "given"])
+    def test_maps_of_any_size(self, labels, kind):
+        class Module(nn.Module):
+            def forward(self, images):
+                return labels.expand(len(images), *labels.shape[1:])
+
+        sources = {"function": Module().forward, "module": Module(), "given": None}
+        sources["numpy"] = lambda images: Module()(images).numpy()
+        model, images = MAE(), torch.randn(3, 3, 64, 64)
+        evolution = apply_to_mae(model, PartMask(), sources[kind])
+        for _ in range(3):
+            if kind == "given":
+                evolution.see(parts=Module()(images))
+            mask = model(images)[2]
+            assert mask.sum(1).tolist() == [48] * 3
+            assert torn(mask, QUADRANTS.view(1, 64).expand(3, -1)) == [0] * 3  # 48 of 64: three of four
+            assert torn(evolution.last_parts, QUADRANTS.view(1, 64).expand(3, -1)) == [0] * 3
+            assert torch.equal(evolution.last_mask, mask)
+
+    def test_a_majority_of_the_pixels(self):
+        labels = torch.zeros(1, 64, 64, dtype=torch.long)
+        labels[:, :, 3:] = 1  # 3 of 8 columns of the first patches
+        model = MAE()
+        evolution = apply_to_mae(model, PartMask(), lambda images: labels)
+        model(torch.randn(1, 3, 64, 64))
+        assert evolution.last_parts.unique().tolist() == [1]
+
+    def test_no_average_of_the_student_and_no_second_pass(self):
+        model, passes = MAE(), []
+        copied, embedded = copy.deepcopy, []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(copy, "deepcopy", lambda *args: passes.append(args) or copied(*args))
+            evolution = apply_to_mae(model, EvolvingMask(10), lambda images: QUADRANTS.expand(len(images), -1, -1))
+            model.patch_embed.register_forward_hook(lambda *_: embedded.append(1))
+            evolution.set_epoch(5)
+            evolution.follow(torch.optim.SGD(model.parameters(), 0.1))
+            model(torch.randn(2, 3, 64, 64))
+            evolution.update()
+        assert not passes
+        assert embedded == [1]
+        assert evolution.state_dict()["teacher"] is None
+
+    def test_a_teacher_that_asks_for_the_grid_and_the_epoch_gets_them(self):
+        class Frozen(nn.Module):
+            def set_epoch(self, epoch):
+                self.epoch = epoch
+                return self
+
+            def forward(self, images, grid_size=None):
+                self.grid_size = grid_size
+                return QUADRANTS.view(1, 64).expand(len(images), -1)
+
+        model, teacher = MAE(), Frozen()
+        evolution = apply_to_mae(model, EvolvingMask(10), teacher).set_epoch(7)
+        model(torch.randn(2, 3, 64, 64))
+        evolution.update()  # it has none
+        assert (teacher.epoch, teacher.grid_size) == (7, (8, 8))
+        evolution.load_state_dict(evolution.state_dict())
+
+    def test_given_parts_come_before_the_teachers_for_one_mask(self):
+        model, images, parts = MAE(), torch.randn(3, 3, 64, 64), random_parts(3)
+        evolution = apply_to_mae(model, PartMask(), make_teacher(model)).set_epoch(5)
+        evolution.see(parts=parts)
+        model(images)
+        assert torch.equal(evolution.last_parts, parts)
+        model(images.clone())
+        assert torch.equal(evolution.last_parts, evolution.teacher(images))
+
+    def test_forgotten_given_twice_or_of_another_batch(self):
+        model, images = MAE(), torch.randn(3, 3, 64, 64)
+        evolution = apply_to_mae(model, PartMask())
+        evolution.see(parts=random_parts(3))
+        model(images)
+        with pytest.raises(ValueError, match=r"PartMask needs parts.*none were given.*evolution\.see\(parts=labels\)"):
+            model(torch.randn(3, 3, 64, 64))
+        evolution.see(parts=random_parts(3))
+        with pytest.raises(RuntimeError, match=r"given twice.*DistributedDataParallel"):
+            evolution.see(parts=random_parts(3))
+        evolution.see(parts=random_parts(2))
+        with pytest.raises(ValueError, match="parts of 2 images were given, but 3 images are masked"):
+            model(images)
+        evolution.see(parts=random_parts(3))
+        model(images)
+
+    @pytest.mark.parametrize(
+        ("parts", "error", "message"),
+        [
+            (None, ValueError, "neither images nor parts"),
+            ([[0, 1]], TypeError, "parts is a list"),
+            (torch.rand(2, 64), ValueError, r"dtype torch\.float32"),
+            (torch.zeros(2, 1, 64, 64, dtype=torch.long), ValueError, r"shape \[2, 1, 64, 64\].*\[B, h, w\]"),
+        ],
+    )
+    def test_what_are_no_labels(self, parts, error, message):
+        evolution = apply_to_mae(MAE(), PartMask())
+        with pytest.raises(error, match=message):
+            evolution.see(parts=parts)
+
+    def test_wrong_labels_of_a_function(self):
+        model, images = MAE(), torch.randn(2, 3, 64, 64)
+        evolution = apply_to_mae(model, PartMask(), lambda images: images.mean(1))
+        with pytest.raises(ValueError, match=r"dtype torch\.float32"):
+            model(images)
+        evolution.remove()
+        evolution = apply_to_mae(model, PartMask(), lambda images: QUADRANTS[None])
+        with pytest.raises(ValueError, match="labels of 1 images for 2"):
+            model(images)
+        evolution.remove()
+        apply_to_mae(model, PartMask(), lambda images: torch.zeros(2, 63, dtype=torch.long))
+        with pytest.raises(ValueError, match=r"shape \[2, 63\]"):
+            model(images)
+
+    @pytest.mark.parametrize("teacher", [GraphCutPartitioner(), RandomMask(), PartTeacher, 3])
+    def test_what_is_no_source(self, teacher):
+        with pytest.raises(TypeError, match=r"no function from images to labels: pass PartTeacher\(model"):
+            apply_to_mae(MAE(), PartMask(), teacher)
+
+    def test_a_mask_that_takes_no_parts_leaves_them(self):
+        model = MAE()
+        evolution = apply_to_mae(model, RandomMask())
+        for _ in range(2):
+            evolution.see(parts=random_parts(2))
+        model(torch.randn(2, 3, 64, 64))
+        assert evolution.last_parts is None
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    @pytest.mark.parametrize("with_teacher", [False, True])
+    def test_checkpointed_activations(self, reentrant, with_teacher):
+        model, images = MAE(), torch.randn(2, 3, 64, 64, requires_grad=True)
+        evolution = apply_to_mae(model, PartMask(), make_teacher(model) if with_teacher else None).set_epoch(5)
+        drawn, own = [], evolution.masking.draw
+        evolution.masking.draw = lambda *args, **source: drawn.append(args[2]) or own(*args, **source)
+        evolution.see(parts=random_parts(2))
+        checkpoint(lambda x: model(x)[0], images, use_reentrant=reentrant).backward()
+        assert len(drawn) == 2
+        assert all(torch.equal(parts, random_parts(2)) for parts in drawn)
+        with torch.no_grad():
+            images.mul_(2)  # other images in the same memory
+        if not with_teacher:
+            with pytest.raises(ValueError, match="needs parts"):
+                model(images)
+
+    def test_compiled(self):
+        torch._dynamo.reset()
+        model = MAE(depth=1)
+        evolution = apply_to_mae(model, PartMask())
+        compiled = torch.compile(model, backend="eager")
+        for seed in range(2):
+            evolution.see(parts=random_parts(2, seed))
+            mask = compiled(torch.randn(2, 3, 64, 64))[2]
+            assert max(torn(mask, random_parts(2, seed))) <= 1
+            assert torch.equal(evolution.last_parts, random_parts(2, seed))
+            assert torch.equal(evolution.last_mask, mask)
+        torch._dynamo.reset()
+
+
+class TestThreads:
+    def test_each_thread_masks_with_the_parts_of_its_own_images(self):
+        model, barrier, masks = MAE(), threading.Barrier(2), {}
+        images = torch.rand(2, 3, 3, 64, 64)
+        evolution = apply_to_mae(model, PartMask(), lambda images: random_parts(3, int(1000 * images[0, 0, 0, 0])))
+
+        def wait(*_):  # until both threads have embedded their images
+            barrier.wait(60)
+
+        model.patch_embed.register_forward_hook(wait)
+
+        def run(index):
+            masks[index] = model(images[index])[2]
+
+        threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for index in range(2):
+            assert max(torn(masks[index], evolution.teacher(images[index]))) <= 1
+
+    def test_one_thread_at_a_time_reads_the_teacher(self):
+        running, most = [], []
+
+        def teacher(images):
+            running.append(1)
+            most.append(len(running))
+            time.sleep(0.02)
+            running.pop()
+            return QUADRANTS.expand(len(images), -1, -1)
+
+        model = MAE(depth=1)
+        apply_to_mae(model, PartMask(), teacher)
+        threads = [threading.Thread(target=model, args=(torch.randn(1, 3, 64, 64),)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert most == [1] * 4
+
+    def test_parts_given_in_another_thread_are_not_used_and_said_to_be(self):
+        """As nn.DataParallel would have it, which calls replicas in threads of its own, with a share of the images."""
+        model, errors = MAE(), []
+        evolution = apply_to_mae(model, PartMask())
+        evolution.see(parts=random_parts(4))
+
+        def run():
+            with pytest.raises(ValueError, match="none were given") as error:
+                model(torch.randn(2, 3, 64, 64))
+            errors.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert len(errors) == 1
+        with pytest.raises(RuntimeError, match=r"nn\.DataParallel"):
+            evolution.see(parts=random_parts(4))
+
+
+class Unhooked(torch.optim.Optimizer):
+    """Wraps another as Lookahead of timm does, without Optimizer.__init__."""
+
+    def __init__(self, base):
+        self.base, self.param_groups = base, base.param_groups
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+class DeepSpeedLike:
+    """No Optimizer, with one inside that steps before weights are cast, and steps that overflow."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.overflow = optimizer, False
+
+    def step(self, closure=None):
+        if not self.overflow:
+            self.optimizer.step()
+
+
+class Scaler:
+    """A GradScaler, which skips every other step."""
+
+    steps = 0
+
+    def step(self, optimizer, *args):
+        self.steps += 1
+        if self.steps % 2:
+            optimizer.step(*args)
+
+    def update(self):
+        pass
+
+
+@pytest.fixture
+def accelerator():
+    yield Accelerator(cpu=True, gradient_accumulation_steps=2)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def followed():
+    """A model and its evolution, whose updates are counted."""
+    model = MAE(depth=1)
+    evolution, updates = apply_to_mae(model, EvolvingMask(10), make_teacher(model)), []
+    evolution.update = lambda: updates.append(1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return model, evolution, updates
+
+
+class TestFollow:
+    @pytest.mark.parametrize(
+        "wrap",
+        [lambda base: base, Unhooked, DeepSpeedLike, timm.optim.Lookahead, pl.core.optimizer.LightningOptimizer],
+        ids=["bare", "unhooked", "DeepSpeed", "Lookahead", "Lightning"],
+    )
+    def test_an_update_after_each_step(self, followed, wrap):
+        model, evolution, updates = followed
+        base = torch.optim.SGD(model.parameters(), 0.1)
+        optimizer = wrap(base)
+        handle = evolution.follow(optimizer)
+        with pytest.raises(ValueError, match="followed already"):
+            evolution.follow(optimizer)
+        stepping = base if isinstance(optimizer, pl.core.optimizer.LightningOptimizer) else optimizer
+        for steps in (1, 2):
+            stepping.step()
+            assert len(updates) == steps
+        handle.remove()
+        stepping.step()
+        assert len(updates) == 2
+        evolution.follow(optimizer)
+        stepping.step()
+        assert len(updates) == 3
+        evolution.remove()
+        stepping.step()
+        assert len(updates) == 3
+
+    def test_steps_of_deepspeed_that_overflow(self, followed):
+        model, evolution, updates = followed
+        optimizer = DeepSpeedLike(torch.optim.SGD(model.parameters(), 0.1))
+        evolution.follow(optimizer)
+        for overflow, count in ((True, 0), (False, 1), (True, 1)):
+            optimizer.overflow = overflow
+            optimizer.step()
+            assert len(updates) == count
+
+    def test_steps_that_a_scaler_skips(self, followed):
+        model, evolution, updates = followed
+        optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=4.0)
+        evolution.follow(optimizer)
+        for grad, count in ((0.0, 1), (torch.inf, 1), (1.0, 2)):
+            scaler.scale(torch.zeros(()))
+            model.norm.bias.grad.fill_(grad)
+            scaler.step(optimizer)
+            scaler.update()
+            assert len(updates) == count
+
+    def test_fused_optimizers_are_told_of_overflow(self, followed):
+        """They are always called by a GradScaler, and skip their step themselves."""
+        model, evolution, updates = followed
+        optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1, fused=True), torch.amp.GradScaler("cpu")
+        evolution.follow(optimizer)
+        for grad, count in ((torch.inf, 0), (0.0, 1)):
+            scaler.scale(torch.zeros(()))
+            model.norm.bias.grad.fill_(grad)
+            scaler.step(optimizer)
+            scaler.update()
+            assert len(updates) == count
+
+    @pytest.mark.parametrize("before", [True, False])
+    def test_accelerate(self, followed, accelerator, before):
+        model, evolution, updates = followed
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        if before:
+            evolution.follow(optimizer)
+        optimizer = accelerator.prepare(optimizer)
+        if not before:
+            evolution.follow(optimizer)
+        for count in (0, 1, 1, 2):  # two batches a step
+            with accelerator.accumulate(model):
+                optimizer.step()
+            assert len(updates) == count
+        optimizer.scaler = Scaler()
+        optimizer.__setstate__({})  # as unpickling would, for it had no scaler
+        for count in (2, 3, 3, 3):
+            with accelerator.accumulate(model):
+                optimizer.step()
+            assert len(updates) == count
+
+    def test_what_has_no_step(self, followed):
+        with pytest.raises(TypeError, match=r"has no step\(\) to follow"):
+            followed[1].follow(followed[0])
+
+    def test_the_teacher_moves(self):
+        model = MAE(depth=1)
+        evolution = apply_to_mae(model, EvolvingMask(10), make_teacher(model)).set_epoch(5)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        evolution.follow(optimizer)
+        model(torch.randn(2, 3, 64, 64))[0].backward()
+        optimizer.step()
+        assert int(evolution.teacher.model.n_averaged) == 1
+
+
+class AudioMAE(MAE):
+    """Masks by another method where it is told to."""
+
+    def forward_encoder(self, x, mask_ratio):
+        x = self.patch_embed(x) + self.pos_embed
+        x, mask, ids_restore = MAE.random_masking(self, x, mask_ratio)
+        for block in self.blocks:
+            x = block(x)
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1), mask, ids_restore
+
+
+class TestHookedIsNotUsed:
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_no_mask_is_drawn(self, compiled):
+        torch._dynamo.reset()
+        model = AudioMAE(depth=1)
+        evolution = apply_to_mae(model, EvolvingMask(10), make_teacher(model)).set_epoch(0)
+        call = torch.compile(model, backend="eager") if compiled else model
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(torch.randn(2, 3, 64, 64))
+        with pytest.warns(UserWarning, match=r"not masked: AudioMAE\.random_masking, which draws the evolving masks"):
+            evolution.set_epoch(1) if compiled else call(torch.randn(2, 3, 64, 64))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(torch.randn(2, 3, 64, 64))
+            evolution.update()
+        torch._dynamo.reset()
+
+    def test_a_rate_of_zero(self):
+        vit = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64, patch_drop_rate=0.75).train()
+        evolution = apply_to_timm(vit, RandomMask())
+        vit.patch_drop.prob = 0
+        vit(torch.randn(1, 3, 64, 64))
+        with pytest.warns(UserWarning, match=r"PatchDropout\.forward"):
+            evolution.update()
+
+    def test_evaluation_is_no_training(self):
+        model = AudioMAE(depth=1)
+        evolution = apply_to_mae(model, RandomMask())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(3):
+                model.eval()(torch.randn(2, 3, 64, 64))
+                with torch.no_grad():
+                    model.train()(torch.randn(2, 3, 64, 64))
+            evolution.update()
+
+    @pytest.mark.parametrize(("updated", "compiled"), [(False, False), (True, False), (False, True)])
+    def test_the_teacher_is_never_updated(self, updated, compiled):
+        torch._dynamo.reset()
+        model = MAE(depth=1)
+        evolution = apply_to_mae(model, EvolvingMask(10), make_teacher(model)).set_epoch(5)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        call = torch.compile(model, backend="eager") if compiled else model
+        caught = []
+        for _ in range(5):
+            for _ in range(2):  # batches a step
+                with warnings.catch_warnings(record=True) as caught_now:
+                    warnings.simplefilter("always")
+                    call(torch.randn(2, 3, 64, 64))[0].backward()
+                caught += [each for each in caught_now if "never updated" in str(each.message)]
+            optimizer.step()
+            if updated:
+                evolution.update()
+        assert len(caught) == (0 if updated else 1)
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("with_teacher", [False, True])
+    def test_a_state_of_another_length_of_training(self, with_teacher):
+        def make(epochs):
+            model = MAE(depth=1)
+            teacher = make_teacher(model, total_epochs=epochs) if with_teacher else None
+            return apply_to_mae(model, EvolvingMask(epochs), teacher)
+
+        state = make(10).set_epoch(5).state_dict()
+        with pytest.raises(ValueError, match="total_epochs=10, but the masks were made with 20"):
+            make(20).load_state_dict(state)
+        make(10).load_state_dict(state)
+        del state["total_epochs"]  # as older versions saved it
+        make(20).load_state_dict(state)
+
+
+def test_the_last_mask_and_parts_are_at_hand_and_in_no_state():
+    model, images = MAE(), torch.randn(3, 3, 64, 64)
+    evolution = apply_to_mae(model, EvolvingMask(10), make_teacher(model))
+    assert (evolution.last_mask, evolution.last_parts) == (None, None)
+    model.eval()(images)
+    assert evolution.last_parts is None, "alpha is 0: a grid"
+    evolution.set_epoch(5)
+    mask = model(images)[2]
+    assert torch.equal(evolution.last_mask, mask)
+    assert torch.equal(evolution.last_parts, evolution.teacher(images))
+    assert not evolution.last_mask.requires_grad
+    assert set(evolution.state_dict()) == {"masking", "teacher", "total_epochs"}
+    assert np.asarray(evolution.last_mask).shape == (3, 64)
+
+
+class TestFixedMasks:
+    def masks_of(self, evolution, model, images, batch, seed=0):
+        """A pass over a validation set."""
+        with evolution.fixed(seed), torch.no_grad():
+            return torch.cat([model(each)[2] for each in images.split(batch)])
+
+    @pytest.mark.parametrize("source", ["none", "teacher", "given"])
+    def test_a_pass_depends_on_the_seed_and_the_places_alone(self, source):
+        model, images = MAE().eval(), torch.randn(6, 3, 64, 64)
+        sources = {"none": None, "teacher": make_teacher(model), "given": lambda images: random_parts(len(images))}
+        masking = RandomMask() if source == "none" else EvolvingMask(10)
+        evolution = apply_to_mae(model, masking, sources[source]).set_epoch(5)
+        first = self.masks_of(evolution, model, images, 6)
+        assert first.sum(1).tolist() == [48] * 6
+        model(images)  # training draws
+        state = torch.get_rng_state()
+        if source != "given":  # whose parts depend on the batch
+            assert torch.equal(self.masks_of(evolution, model, images, 4), first)
+        assert torch.equal(self.masks_of(evolution, model, images, 6), first)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not torch.equal(self.masks_of(evolution, model, images, 6, seed=1), first)
+        assert first.unique(dim=0).shape[0] == 6, "each image has a mask of its own"
+        assert not torch.equal(model(images)[2], first)
+
+    def test_masks_before_and_after_are_those_of_a_run_without(self):
+        def run(validated):
+            model = MAE()
+            evolution = apply_to_mae(model, RandomMask())
+            torch.manual_seed(1)
+            masks = [model(torch.randn(2, 3, 64, 64))[2]]
+            if validated:
+                with evolution.fixed():
+                    torch.rand(3)  # as an iterator of a DataLoader does
+                    model.eval()(torch.zeros(2, 3, 64, 64))
+                model.train()
+            return [*masks, model(torch.randn(2, 3, 64, 64))[2]]
+
+        assert all(map(torch.equal, run(False), run(True)))
+
+    def test_by_hand(self):
+        masking, x = EvolvingMask(10).set_epoch(5), torch.randn(4, 64, 8)
+        masks = []
+        for batch in (4, 3):
+            with fixed_masks(masking, seed=3):
+                parts = random_parts(4)
+                pairs = zip(x.split(batch), parts.split(batch), strict=True)
+                masks.append(torch.cat([masking(each, 0.75, parts=of).mask for each, of in pairs]))
+        assert torch.equal(*masks)
+        assert "forward" not in vars(masking)
+        assert not torch.equal(masking(x, 0.75, parts=parts).mask, masks[0])
+
+    def test_compiled(self):
+        torch._dynamo.reset()
+        model, images = MAE(depth=1).eval(), torch.randn(2, 3, 64, 64)
+        evolution = apply_to_mae(model, RandomMask())
+        compiled = torch.compile(model, backend="eager")
+        compiled(images)
+        first = self.masks_of(evolution, model, images, 2)
+        assert torch.equal(self.masks_of(evolution, compiled, images, 2), first)
+        assert not torch.equal(compiled(images)[2], first)
+        torch._dynamo.reset()
