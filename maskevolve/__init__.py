@@ -3,7 +3,7 @@
 from .functional import MaskedPatches
 from .masks import BlockMask, EvolvingMask, GridMask, PartMask, RandomMask
 from .partition import EMPartitioner, GraphCutPartitioner
-from .teacher import PartTeacher
+from .teacher import FrozenTeacher, PartTeacher
 
 __version__ = "0.1.0"
 
@@ -11,6 +11,7 @@ __all__ = [
     "BlockMask",
     "EMPartitioner",
     "EvolvingMask",
+    "FrozenTeacher",
     "GraphCutPartitioner",
     "GridMask",
     "MaskedPatches",

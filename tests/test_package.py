@@ -86,6 +86,6 @@ def test_exports_are_those_of_the_contract():
 
     assert set(maskevolve.__all__) == {
         *("RandomMask", "GridMask", "BlockMask", "PartMask", "EvolvingMask", "MaskedPatches"),
-        *("GraphCutPartitioner", "EMPartitioner", "PartTeacher"),
+        *("GraphCutPartitioner", "EMPartitioner", "PartTeacher", "FrozenTeacher"),
     }
     assert all(hasattr(maskevolve, name) for name in maskevolve.__all__)
