@@ -4,7 +4,7 @@ from .functional import MaskedPatches
 from .masks import BlockMask, EvolvingMask, GridMask, Masking, PartMask, RandomMask
 from .partition import EMPartitioner, GraphCutPartitioner, PartHierarchy
 from .segmentation import parts_from_segmentation
-from .teacher import PartTeacher
+from .teacher import FrozenTeacher, PartTeacher
 
 __version__ = "0.1.0"
 
@@ -12,6 +12,7 @@ __all__ = [
     "BlockMask",
     "EMPartitioner",
     "EvolvingMask",
+    "FrozenTeacher",
     "GraphCutPartitioner",
     "GridMask",
     "MaskedPatches",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from . import functional as F
 from .checks import check_grid, check_range, check_whole
 from .functional import GridSize, MaskedPatches, Scores
-from .schedule import alpha_at, clamp_epoch
+from .precision import keep_dtype
+from .schedule import Schedule, alpha_at, clamp_epoch
 
 __all__ = ["BlockMask", "EvolvingMask", "GridMask", "Masking", "PartMask", "RandomMask"]
 
@@ -286,13 +288,16 @@ class EvolvingMask(Masking):
     """A mask that moves from one mask to another over training: from a grid to parts, unless told otherwise.
 
     `alpha` is 0 (all start) until the first `set_epoch`, then ``((epoch + 1) / total_epochs) ** power``. It is saved in
-    `state_dict`, so that a resumed run goes on where it stopped.
+    `state_dict`, so that a resumed run goes on where it stopped. A function that was given as `power` is not saved.
+
+    For three stages or more, start or end is an EvolvingMask itself: `set_epoch` moves it, too.
 
     Args:
         total_epochs: length of training, in epochs.
         start: mask at the start of training; GridMask() where None.
         end: mask at the end of training; PartMask() where None.
-        power: of training progress; 0.5 moves fast at first, 1 moves evenly.
+        power: of training progress; 0.5 moves fast at first, 1 moves evenly. Or a function of progress,
+            ``(epoch + 1) / total_epochs`` in (0, 1], to alpha; what it returns is clamped to [0, 1].
         grid_size: the side of a square patch grid, or (H, W), in patches; where None, that of start or end, else
             inferred from x.
 
@@ -307,6 +312,16 @@ class EvolvingMask(Masking):
         >>> masking(torch.randn(2, 196, 8), 0.75, parts=parts).visible.shape
         torch.Size([2, 49, 8])
 
+        From random patches to a grid in the first 50 epochs, then to parts:
+
+        >>> to_grid = EvolvingMask(50, start=RandomMask(), end=GridMask())
+        >>> masking = EvolvingMask(100, start=to_grid, power=lambda progress: 2 * progress - 1)
+        >>> for epoch in (49, 74, 99):
+        ...     print(float(masking.set_epoch(epoch).alpha), float(to_grid.alpha))
+        0.0 1.0
+        0.5 1.0
+        1.0 1.0
+
     Source: Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
     """
 
@@ -319,7 +334,7 @@ class EvolvingMask(Masking):
         *,
         start: Masking | None = None,
         end: Masking | None = None,
-        power: float = 0.5,
+        power: float | Schedule = 0.5,
         grid_size: GridSize | None = None,
     ) -> None:
         start = GridMask() if start is None else start
@@ -329,23 +344,26 @@ class EvolvingMask(Masking):
                 raise TypeError(f"{name}={mask!r} is no mask: pass an instance, such as {name}=BlockMask()")
         ends = getattr(start, "grid_size", None) or getattr(end, "grid_size", None)
         super().__init__(ends if grid_size is None else grid_size)
-        alpha_at(0, total_epochs, power)  # refuses a bad total_epochs here, not an epoch later
+        for epoch in (0, total_epochs):
+            alpha_at(epoch, total_epochs, power)  # refuses what is bad here, not an epoch later
         self.start, self.end = start, end
         self.total_epochs, self.power = total_epochs, power
-        self.register_buffer("alpha", torch.zeros(()))
-        self.register_buffer("epoch", torch.zeros(()))
+        self.register_buffer("alpha", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("epoch", torch.zeros((), dtype=torch.float32))
         # A copy for the host, so that needs_parts does not wait for the device.
         self._alpha = 0.0
         self.register_load_state_dict_post_hook(_read_alpha)
 
     def set_epoch(self, epoch: float) -> EvolvingMask:
-        """Move to an epoch and return the mask.
+        """Move to an epoch, with every mask inside that has one, and return the mask.
 
         Args:
             epoch: counted from 0; fractions are progress within an epoch. Clamped to the training.
         """
-        self._alpha = alpha_at(epoch, self.total_epochs, self.power)
-        self.alpha.fill_(self._alpha)
+        alpha = alpha_at(epoch, self.total_epochs, self.power)  # first, for it may raise an error
+        _set_epoch_inside(self, epoch)
+        self._alpha = alpha
+        self.alpha.fill_(alpha)
         self.epoch.fill_(clamp_epoch(epoch, self.total_epochs))
         return self
 
@@ -366,6 +384,12 @@ class EvolvingMask(Masking):
         end = self.end.draw(batch_size, grid_size, parts, **source)
         return F.Blend(_no_blend(start), _no_blend(end), self.alpha.to(source["device"], torch.float32))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EvolvingMask:
+        """Where a model is cast, alpha and epoch keep their precision."""
+        kept = keep_dtype(fn)
+        super()._apply(lambda x: kept(x) if x is self.alpha or x is self.epoch else fn(x), recurse)
+        return self
+
     def extra_repr(self) -> str:
         grid = super().extra_repr()
         return f"total_epochs={self.total_epochs}, power={self.power}" + (f", {grid}" if grid else "")
@@ -374,6 +398,16 @@ class EvolvingMask(Masking):
 def _no_blend(scores: Scores) -> Tensor | F.GroupDraws:
     """For a blend is made of what is none."""
     return F.compute_scores(scores) if isinstance(scores, F.Blend) else scores
+
+
+def _set_epoch_inside(module: nn.Module, epoch: float) -> None:
+    """Move the outermost masks inside of a module; each of them moves those inside of itself."""
+    inner: Any
+    for inner in module.children():
+        if hasattr(inner, "set_epoch"):
+            inner.set_epoch(epoch)
+        else:
+            _set_epoch_inside(inner, epoch)
 
 
 def _read_alpha(masking: nn.Module, incompatible_keys: Any) -> None:

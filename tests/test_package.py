@@ -86,7 +86,7 @@ def test_exports_are_those_of_the_contract():
 
     assert set(maskevolve.__all__) == {
         *("RandomMask", "GridMask", "BlockMask", "PartMask", "EvolvingMask", "MaskedPatches"),
-        *("GraphCutPartitioner", "EMPartitioner", "PartTeacher", "parts_from_segmentation"),
+        *("GraphCutPartitioner", "EMPartitioner", "PartTeacher", "FrozenTeacher", "parts_from_segmentation"),
         *("Masking", "PartHierarchy"),
     }
     assert all(hasattr(maskevolve, name) for name in maskevolve.__all__)

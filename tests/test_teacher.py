@@ -1,5 +1,10 @@
 """The teacher follows the student and stays out of its way."""
 
+import copy
+import io
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
 import pytest
 import torch
 from test_tokens import TokensFirst
@@ -9,6 +14,7 @@ from vits import MAE, make_vit, photographs
 
 from maskevolve import EMPartitioner, EvolvingMask, GraphCutPartitioner, PartTeacher
 from maskevolve.attention import attention_affinity, token_affinity
+from maskevolve.integrations import apply_to_mae
 
 
 def make_teacher(model, **options):
@@ -173,3 +179,239 @@ def test_bad_settings(options):
 def test_a_class_is_no_partitioner():
     with pytest.raises(TypeError, match=r"GraphCutPartitioner\(\)"):
         PartTeacher(MAE(), GraphCutPartitioner, total_epochs=10)
+
+
+def weights(module):
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def move(model, by=0.1, seed=0):
+    """As a step of an optimizer would."""
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=noise).to(parameter))
+
+
+def equal(ours, theirs):
+    return all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def same(ours, theirs):
+    """Two state_dicts, dtypes included."""
+    kinds = [[(key, value.dtype) for key, value in state.items()] for state in (ours, theirs)]
+    return kinds[0] == kinds[1] and equal(ours.values(), theirs.values())
+
+
+class Wrapper(nn.Module):
+    """As DistributedDataParallel has it."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+class TestDtypes:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+    def test_average_is_kept_in_float32(self, dtype):
+        student = MAE().to(dtype)
+        teacher = make_teacher(student, decay=0.9999)
+        teacher.update(student)
+        start, images = weights(teacher.model.module), torch.rand(1, 3, 64, 64).to(dtype)
+        assert {weight.dtype for weight in start} == {torch.float32}
+        move(student)
+        for _ in range(200):
+            teacher.update(student)
+        for first, now, new in zip(start, weights(teacher.model.module), student.parameters(), strict=True):
+            torch.testing.assert_close(now, new.float() + 0.9999**200 * (first - new.float()), rtol=1e-4, atol=1e-5)
+        assert teacher(images).shape == (1, 64)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    @pytest.mark.parametrize("layers", ["tokens", None], ids=["tokens", "attention"])
+    def test_forward_runs_in_the_dtype_of_the_student(self, dtype, layers):
+        student, images = make_vit().to(dtype), photographs(2, 224).to(dtype)
+        teacher = make_teacher(student, layers=layers)
+        ran = []
+        for module in teacher.model.module.modules():
+            module.register_forward_hook(lambda module, args, output: ran.append((module, args[0].dtype)))
+        expected = token_affinity(student, images) if layers else attention_affinity(student, images)
+        expected = GraphCutPartitioner()(expected, 40, grid_size=(14, 14), images=images)
+        assert torch.equal(teacher(images), expected)
+        assert {kind for _, kind in ran} == {dtype}
+        assert {weight.dtype for weight in teacher.model.module.parameters()} == {torch.float32}, "put back"
+        assert torch.equal(teacher(images.float()), teacher(images.float().to(dtype).float())), "what precision allows"
+
+    @pytest.mark.parametrize("updates", [0, 1])
+    def test_a_model_may_be_cast_after_its_teacher_was_built(self, updates):
+        student, images = make_vit(), photographs(2, 224).bfloat16()
+        teacher = make_teacher(student, decay=0.5)
+        for _ in range(updates):
+            teacher.update(student)
+        student.bfloat16()
+        for seed in range(2):
+            assert teacher(images).shape == (2, 196)
+            move(student, seed=seed)
+            teacher.update(student)
+        kinds = []
+        teacher.model.module.norm_pre.register_forward_hook(lambda module, args, output: kinds.append(output.dtype))
+        teacher(images)
+        assert kinds == [torch.bfloat16]
+
+    @pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double])
+    def test_a_cast_of_the_teacher_leaves_the_average_as_it_is(self, cast):
+        teacher, images = make_teacher(make_vit()), photographs(2, 224)
+        before, parts = copy.deepcopy(teacher.state_dict()), teacher(images)
+        cast(nn.ModuleDict({"teacher": teacher}))
+        assert same(teacher.state_dict(), before)
+        assert torch.equal(teacher(images), parts)
+
+    def test_tied_weights(self):
+        student = MAE()
+        student.decoder_embed.weight = student.blocks[0].attn.proj.weight
+        teacher = make_teacher(student.bfloat16(), layers=None)
+        teacher.update(student)
+        assert teacher(torch.randn(1, 3, 64, 64).bfloat16()).shape == (1, 64)
+        module = teacher.model.module
+        assert module.decoder_embed.weight is module.blocks[0].attn.proj.weight
+
+    def test_integer_and_batchnorm_buffers_are_copied(self):
+        student = MAE()
+        student.stem = nn.BatchNorm2d(3)
+        teacher = make_teacher(student, decay=0.9)
+        teacher.update(student)
+        for seed in range(2):
+            student.stem.train()(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed)))
+            teacher.update(student.bfloat16() if seed else student)
+            for ours, theirs in zip(teacher.model.module.buffers(), student.buffers(), strict=True):
+                assert torch.equal(ours, theirs.to(ours.dtype))
+        assert teacher.model.module.stem.num_batches_tracked == 2
+        assert teacher.model.module.stem.num_batches_tracked.dtype == torch.int64
+
+
+class TestBeginning:
+    """What the average begins with."""
+
+    @pytest.mark.parametrize("decay", [1.0, 0.999, 0.5])
+    @pytest.mark.parametrize("gone", [False, True], ids=["at hand", "deleted"])
+    def test_weights_of_another_model(self, decay, gone):
+        pretrained, student = MAE(seed=7), MAE(seed=0)
+        teacher, expected = make_teacher(pretrained, decay=decay), weights(pretrained)
+        if gone:
+            del pretrained
+        for seed in range(3):
+            move(student, seed=seed)
+            teacher.update(student)
+            expected = [decay * old + (1 - decay) * new for old, new in zip(expected, weights(student), strict=True)]
+        for ours, theirs in zip(teacher.model.module.parameters(), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        assert teacher.model.n_averaged == 3
+
+    def test_weights_of_another_model_under_an_evolution(self):
+        pretrained, student = MAE(seed=7), MAE(seed=0)
+        evolution = apply_to_mae(student, EvolvingMask(10), make_teacher(pretrained, decay=1.0)).set_epoch(5)
+        for _ in range(2):
+            student(torch.randn(1, 3, 64, 64))
+            move(student)
+            evolution.update()
+        assert equal(weights(evolution.teacher.model.module), weights(pretrained))
+
+    def test_decay_1_keeps_what_the_teacher_was_built_from_even_where_the_student_diverges(self):
+        student = MAE()
+        teacher, expected = make_teacher(student, decay=1.0), weights(student)
+        for by in (0.1, torch.nan):
+            move(student, by)
+            teacher.update(student)
+        assert equal(weights(teacher.model.module), expected)
+
+    @pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel, torch.compile, Wrapper])
+    def test_weights_that_were_loaded_after_it_was_built(self, wrap):
+        student, checkpoint = MAE(), MAE(seed=7)
+        teacher = make_teacher(student)
+        student.load_state_dict(checkpoint.state_dict())
+        teacher.catch_up(student)
+        assert equal(weights(teacher.model.module), weights(checkpoint))
+        assert teacher.model.n_averaged == 0, "that was no step"
+        move(student)
+        teacher.update(wrap(student))
+        assert equal(weights(teacher.model.module), weights(student)), "with no look before the first step"
+        move(student)
+        teacher.update(wrap(student))
+        assert not equal(weights(teacher.model.module), weights(student))
+
+    def test_a_teacher_that_was_loaded_stays_what_it_is(self):
+        student, saved = MAE(), make_teacher(MAE(seed=7), decay=0.5)
+        saved.update(MAE(seed=8))
+        teacher = make_teacher(student, decay=0.5)
+        teacher.load_state_dict(saved.state_dict())
+        teacher.catch_up(student)
+        assert equal(weights(teacher.model.module), weights(saved.model.module))
+        teacher.update(student)
+        expected = [
+            0.5 * old + 0.5 * new for old, new in zip(weights(saved.model.module), weights(student), strict=True)
+        ]
+        torch.testing.assert_close(weights(teacher.model.module), expected)
+
+    @pytest.mark.parametrize("other", [MAE(width=24, heads=3), MAE(depth=3), nn.Linear(2, 2), MAE(patch_size=16)])
+    def test_a_model_of_another_architecture_is_refused_and_changes_nothing(self, other):
+        teacher = make_teacher(MAE(), decay=0.5)
+        before = copy.deepcopy(teacher.state_dict())
+        with pytest.raises(ValueError, match=f"another architecture than this {type(other).__name__}"):
+            teacher.update(other)
+        assert same(teacher.state_dict(), before)
+
+    @pytest.mark.parametrize("decay", [-0.1, 1.5, float("nan")])
+    def test_bad_decay(self, decay):
+        with pytest.raises(ValueError, match=f"decay={decay} must be a number in"):
+            make_teacher(MAE(), decay=decay)
+
+
+def test_old_checkpoints_load():
+    """Those of an average in the dtype of the student, from before it was kept in float32."""
+    teacher = make_teacher(MAE())
+    state = {
+        key: value.bfloat16() if key.startswith("model.module") else value
+        for key, value in make_teacher(MAE(seed=7)).set_epoch(4).state_dict().items()
+    }
+    assert {"epoch", "model.n_averaged", "model.module.cls_token"} <= set(state)
+    teacher.load_state_dict(state)
+    assert teacher.epoch == 4
+    assert torch.equal(teacher.model.module.cls_token, MAE(seed=7).cls_token.bfloat16().float())
+
+
+def saved_and_loaded(teacher):
+    buffer = io.BytesIO()
+    torch.save(teacher, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda teacher: pickle.loads(pickle.dumps(teacher)),
+    "torch.save": saved_and_loaded,
+    "spawn": lambda teacher: pickle.loads(ForkingPickler.dumps(teacher)),  # what a spawned process is given
+}
+
+
+class TestCopies:
+    @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+    def test_copies_go_on_alike(self, copied):
+        student, images = make_vit(), photographs(2, 224)
+        teacher = make_teacher(student, decay=0.9)
+        teacher.update(student)
+        other = copied(teacher)
+        move(student)
+        for each in (teacher, other):
+            each.update(student)
+            each.set_epoch(5)
+        assert equal(weights(other.model.module), weights(teacher.model.module))
+        assert not equal(weights(other.model.module), weights(student))
+        assert torch.equal(other(images), teacher(images))
+
+
+def test_parts_on_another_grid():
+    teacher, images = make_teacher(make_vit()), photographs(2, 224)
+    own = teacher(images).unflatten(1, (14, 14))
+    assert torch.equal(teacher(images, grid_size=14), own.flatten(1))
+    assert torch.equal(teacher(images, grid_size=28), own.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1))
+    assert teacher(images, grid_size=(7, 5)).shape == (2, 35)

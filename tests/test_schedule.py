@@ -1,0 +1,234 @@
+"""Schedules: by a power, by a function of one's own, in stages, and through casts."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from maskevolve import BlockMask, EMPartitioner, EvolvingMask, GridMask, PartMask, PartTeacher, RandomMask
+from maskevolve.masks import Masking
+
+EPOCHS = 10
+FUNCTIONS = {
+    "cosine": (lambda progress: (1 - math.cos(math.pi * progress)) / 2, lambda p: (1 - math.cos(math.pi * p)) / 2),
+    "warm-up": (lambda progress: (progress - 0.5) / 0.5, lambda p: max(0, 2 * p - 1)),
+    "stops half way": (lambda progress: 2 * progress, lambda p: min(1, 2 * p)),
+    "a step": (lambda progress: progress > 0.5, lambda p: float(p > 0.5)),
+    "numpy": (lambda progress: np.float32(progress), lambda p: p),
+    "torch": (lambda progress: torch.tensor(progress).sqrt(), lambda p: p**0.5),
+}
+BAD = {"nan": math.nan, "inf": math.inf, "text": "0.5", "None": None, "a list": [0.5]}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_power_takes_a_function_of_progress(name):
+    function, expected = FUNCTIONS[name]
+    masking = EvolvingMask(EPOCHS, power=function)
+    for epoch in range(EPOCHS):
+        alpha = masking.set_epoch(epoch).alpha
+        assert alpha.shape == ()
+        assert float(alpha) == pytest.approx(expected((epoch + 1) / EPOCHS), abs=1e-6)
+        assert masking.needs_parts == (float(alpha) > 0)
+
+
+@given(epoch=st.floats(-5, 20), power=st.floats(0, 4))
+def test_a_power_is_a_function_of_progress(epoch, power):
+    ours = EvolvingMask(EPOCHS, power=lambda progress: progress**power).set_epoch(epoch)
+    assert ours.alpha == EvolvingMask(EPOCHS, power=power).set_epoch(epoch).alpha
+
+
+@given(epochs=st.floats(0.1, 50), epoch=st.floats(-5, 60))
+def test_progress_lies_between_0_and_1(epochs, epoch):
+    seen = []
+    EvolvingMask(epochs, power=lambda progress: seen.append(progress) or 0.5).set_epoch(epoch)
+    assert all(0 <= progress <= 1 for progress in seen)
+
+
+@pytest.mark.parametrize("value", BAD.values(), ids=BAD)
+def test_a_function_that_returns_no_number_is_refused_when_it_does(value):
+    with pytest.raises(ValueError, match=r"power is .* at progress 0\.1,"):
+        EvolvingMask(EPOCHS, power=lambda _: value)
+    masking = EvolvingMask(EPOCHS, power=lambda progress: value if progress == 0.5 else progress).set_epoch(3)
+    with pytest.raises(ValueError, match=r"power is .* at progress 0\.5,"):
+        masking.set_epoch(4)
+    assert (masking.alpha, masking.epoch) == (torch.tensor(0.4), 3), "as if nothing had been asked"
+
+
+@pytest.mark.parametrize("power", [-1, math.nan, "0.5", None])
+def test_bad_powers(power):
+    with pytest.raises(ValueError, match=r"power=.* must be a number of at least 0, or a function"):
+        EvolvingMask(EPOCHS, power=power)
+
+
+def test_a_run_with_a_function_is_resumed():
+    function = FUNCTIONS["cosine"][0]
+    saved, resumed = EvolvingMask(EPOCHS, power=function).set_epoch(4), EvolvingMask(EPOCHS, power=function)
+    assert set(saved.state_dict()) == {"alpha", "epoch"}
+    resumed.load_state_dict(saved.state_dict())
+    assert (resumed.alpha, resumed.epoch, resumed.needs_parts) == (saved.alpha, 4, True)
+
+
+class Pool(nn.Module):
+    """Patches of an image that have something in common."""
+
+    num_heads = 1
+
+    def __init__(self):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 4, 8, 8)
+        self.patch_embed.patch_size = 8
+        self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
+
+    def forward(self, images):
+        x = self.patch_embed(images).flatten(2).mT
+        return self.attention(x, x, x)
+
+
+def make_teacher(num_parts, epochs=EPOCHS):
+    return PartTeacher(Pool(), EMPartitioner(), total_epochs=epochs, num_parts=num_parts)
+
+
+def test_number_of_parts_takes_a_function_of_progress():
+    teacher = make_teacher(lambda progress: 16 * 0.125**progress, epochs=4)
+    counts = [teacher.set_epoch(epoch).num_parts for epoch in range(-1, 5)]
+    assert counts == [16, 16, 8, 4, 2, 2]
+    assert all(isinstance(count, int) for count in counts)
+    assert teacher.set_epoch(3)(torch.randn(2, 3, 32, 32)).max() < 2
+
+
+@settings(max_examples=25)
+@given(epoch=st.floats(-5, 20), first=st.integers(1, 99), last=st.integers(1, 99))
+def test_a_pair_is_a_function_of_progress(epoch, first, last):
+    ours = make_teacher(lambda progress: first + (last - first) * progress).set_epoch(epoch)
+    assert ours.num_parts == make_teacher((first, last)).set_epoch(epoch).num_parts
+
+
+@pytest.mark.parametrize("value", [*BAD.values(), 0, -3, 0.2], ids=[*BAD, "0", "-3", "0.2"])
+def test_a_function_that_returns_no_number_of_parts_is_refused_when_it_does(value):
+    with pytest.raises(ValueError, match=r"num_parts is .* at progress 0,"):
+        make_teacher(lambda _: value)
+    teacher = make_teacher(lambda progress: value if progress == 1 / 3 else 5).set_epoch(2)
+    with pytest.raises(ValueError, match=r"num_parts is .* at progress 0\.3333,"):
+        teacher.set_epoch(3)
+    assert (teacher.num_parts, teacher.epoch) == (5, 2)
+
+
+def test_a_teacher_with_a_function_is_resumed():
+    saved, resumed = (make_teacher(lambda progress: 20 - 10 * progress) for _ in range(2))
+    resumed.load_state_dict(saved.set_epoch(9).state_dict())
+    assert resumed.num_parts == saved.num_parts == 10
+
+
+class Other(Masking):
+    """A mask of one's own, with another inside that it draws from."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = nn.ModuleList([inner])
+
+    @property
+    def needs_parts(self):
+        return self.inner[0].needs_parts
+
+    def draw(self, *args, **source):
+        return self.inner[0].draw(*args, **source)
+
+
+def test_set_epoch_reaches_every_mask_inside():
+    innermost = EvolvingMask(EPOCHS)
+    masking = EvolvingMask(EPOCHS, start=RandomMask(), end=EvolvingMask(EPOCHS, start=Other(innermost)))
+    masking.set_epoch(3.5)
+    assert [mask.epoch for mask in masking.modules() if isinstance(mask, EvolvingMask)] == [3.5] * 3
+    assert innermost.alpha == masking.alpha == masking.end.alpha
+
+
+def test_three_stages():
+    """Random to a grid in the first half of training, the grid to parts in the second."""
+    first = EvolvingMask(5, start=RandomMask(), end=GridMask(), power=1)
+    masking = EvolvingMask(EPOCHS, start=first, end=PartMask(), power=lambda progress: 2 * progress - 1)
+    stages = [(float(masking.set_epoch(epoch).alpha), float(first.alpha)) for epoch in range(EPOCHS)]
+    expected = [(0, 0.2), (0, 0.4), (0, 0.6), (0, 0.8), (0, 1), (0.2, 1), (0.4, 1), (0.6, 1), (0.8, 1), (1, 1)]
+    torch.testing.assert_close(torch.tensor(stages), torch.tensor(expected))
+
+    parts = torch.arange(64).expand(2, -1) // 16
+    for epoch, needed in ((0, False), (4, False), (5, True), (9, True)):
+        assert masking.set_epoch(epoch).needs_parts == needed
+        assert masking(torch.randn(2, 64, 3), 0.75, parts=parts if needed else None).mask.sum(1).tolist() == [48, 48]
+    kept = masking(torch.randn(2, 64, 3), 0.75, parts=parts).mask.view(2, 4, 16)
+    assert torch.equal(kept, kept[:, :, :1].expand_as(kept)), "whole parts in the end"
+    grid = masking.set_epoch(4)(torch.randn(2, 64, 3), 0.75).mask.view(2, 4, 2, 4, 2)
+    assert torch.equal(grid, grid[:, :1, :, :1].expand_as(grid)), "a grid half way"
+
+
+def test_needs_parts_of_nested_masks():
+    inner = EvolvingMask(EPOCHS, start=BlockMask(), end=PartMask(), power=lambda progress: progress - 0.5)
+    for masking in (
+        EvolvingMask(EPOCHS, end=inner),
+        EvolvingMask(EPOCHS, start=inner, end=RandomMask(), power=lambda progress: progress / 2),
+    ):
+        for epoch in range(EPOCHS):
+            masking.set_epoch(epoch)
+            assert masking.needs_parts == (epoch > 4)
+            if not masking.needs_parts:
+                assert masking(torch.randn(1, 16, 2)).mask.sum() == 12
+
+
+def test_nested_masks_are_resumed():
+    saved, resumed = (EvolvingMask(EPOCHS, start=RandomMask(), end=EvolvingMask(EPOCHS)) for _ in range(2))
+    resumed.load_state_dict(saved.set_epoch(6).state_dict())
+    assert resumed.needs_parts
+    assert (resumed.end.alpha, resumed.end.epoch) == (saved.end.alpha, 6)
+    parts, seed = torch.arange(16).expand(2, -1) // 4, torch.Generator()
+    scores = [mask.scores(2, 4, parts=parts, generator=seed.manual_seed(1)) for mask in (saved, resumed)]
+    assert torch.equal(*scores)
+
+
+CASTS = {
+    "half": nn.Module.half,
+    "bfloat16": nn.Module.bfloat16,
+    "to": lambda model: model.to(torch.float16),
+    "to a device and a dtype": lambda model: model.to("cpu", torch.bfloat16),
+    "type": lambda model: model.type(torch.float16),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_a_cast_leaves_the_epoch_and_alpha_as_they_are(cast):
+    masking = EvolvingMask(3001, end=EvolvingMask(3001)).set_epoch(2999.25)
+    teacher = PartTeacher(Pool(), EMPartitioner(), total_epochs=3001).set_epoch(2999.25)
+    before = copy.deepcopy((masking.state_dict(), teacher.state_dict()))
+    model = nn.ModuleDict({"masking": masking, "teacher": teacher, "layer": nn.Linear(2, 2)})
+    cast(model)
+    assert model["layer"].weight.dtype != torch.float32
+    for module, state in zip((masking, teacher), before, strict=True):
+        after = module.state_dict()
+        assert all(after[key].dtype == value.dtype and torch.equal(after[key], value) for key, value in state.items())
+
+
+def test_a_cast_reaches_what_a_mask_of_ones_own_has_learned():
+    own = Other(RandomMask())
+    own.layer = nn.Linear(2, 2)
+    EvolvingMask(EPOCHS, start=own).half()
+    assert own.layer.weight.dtype == torch.float16
+
+
+def test_masks_and_teachers_move_to_other_devices():
+    masking, teacher = EvolvingMask(EPOCHS).half().to("meta"), make_teacher((4, 2)).half().to("meta")
+    assert masking.alpha.is_meta
+    assert teacher.epoch.is_meta
+    assert not masking.to_empty(device="cpu").alpha.is_meta
+
+
+def test_the_epoch_is_exact_where_half_precision_is_torchs_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        masking, teacher = EvolvingMask(3001), make_teacher((4, 2), 3001)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert masking.set_epoch(2999.25).epoch == teacher.set_epoch(2999.25).epoch == 2999.25
+    assert float(masking.alpha) == pytest.approx((3000.25 / 3001) ** 0.5, rel=1e-6)
