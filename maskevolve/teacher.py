@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .attention import attention_affinity, attention_modules, patch_grid, token_affinity, whole_patches
+from .attention import attention_affinity, check_affinity, token_affinity
+from .geometry import patch_grid, whole_patches
 from .schedule import clamp_epoch, num_parts_at
 
 __all__ = ["PartTeacher", "unwrap"]
@@ -74,8 +75,7 @@ class PartTeacher(nn.Module):
             )
         if isinstance(layers, str) and layers != "tokens":
             raise ValueError(f'layers={layers!r} must be "tokens", a list of attention layers, or None for all of them')
-        # Refuses what has no such attention here, not in the first step.
-        attention_modules(model, None if isinstance(layers, str) else layers)
+        check_affinity(model, layers)  # refuses here what it would in the first step
         if not isinstance(partitioner, nn.Module):
             raise TypeError(f"partitioner={partitioner!r} must be an instance, such as GraphCutPartitioner()")
         if isinstance(num_parts, int) or min(num_parts) < 1:

@@ -9,7 +9,8 @@ from torch import nn
 from vits import MAE, VARIANTS, make_vit
 
 from maskevolve import GraphCutPartitioner, PartTeacher
-from maskevolve.attention import attention_affinity, attention_modules, patch_grid
+from maskevolve.attention import attention_affinity, attention_modules
+from maskevolve.geometry import patch_grid
 
 
 def softmax_maps(vit, run):

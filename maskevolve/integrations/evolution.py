@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from ..attention import patch_grid
-from ..functional import MaskedPatches, resolve_grid
+from ..encoder import check_patches
+from ..functional import GridSize, MaskedPatches, resolve_grid
+from ..geometry import patch_grid
 from ..masks import Masking
 from ..teacher import PartTeacher
 
@@ -67,7 +68,9 @@ class Evolution:
         epochs, teachers = (getattr(each, "total_epochs", None) for each in (masking, teacher))
         if None not in (epochs, teachers) and epochs != teachers:
             raise ValueError(f"the masking has total_epochs={epochs}, its teacher {teachers}: give both the same")
-        patch_grid(model, torch.empty(1, 3, 224, 224, device="meta"))  # refuses here what it would in the first step
+        self._needs_grid = getattr(masking, "needs_grid", True)
+        if self._needs_grid:
+            check_patches(model)  # refuses here what it would in the first step
         self._images: Tensor | None = None
         self._has_epoch = teacher is None and not hasattr(masking, "set_epoch")
         self._undo = ExitStack()
@@ -149,10 +152,15 @@ class Evolution:
         if not self._has_epoch and self.model.training:
             self._has_epoch = True
             _warn_of_epoch()
-        x = x.unflatten(1, resolve_grid(x.shape[1], patch_grid(self.model, images)))
+        x = x.unflatten(1, resolve_grid(x.shape[1], self._grid(x, images)))
         if self.teacher is None and not _is_distributed():
             return cast(MaskedPatches, self.masking(x, mask_ratio))
         return self._mask_eagerly(x, mask_ratio, images)
+
+    def _grid(self, x: Tensor, images: Tensor) -> GridSize:
+        if self._needs_grid:
+            return patch_grid(self.model, images)
+        return self.masking.grid_size or (1, x.shape[1])  # where patches lie does not matter
 
     @eager
     def _mask_eagerly(self, x: Tensor, mask_ratio: float, images: Tensor) -> MaskedPatches:

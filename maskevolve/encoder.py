@@ -1,0 +1,168 @@
+"""How somebody's encoder is run on all patches of images, and tried on a picture before it is relied on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .geometry import PatchWatch, image_size, patch_embedding, patch_grid, tiny_pictures
+
+__all__ = ["all_patches", "check_patches", "encode", "encoder_of", "has_decoder", "try_picture", "untouched"]
+
+T = TypeVar("T")
+
+
+def encoder_of(model: nn.Module) -> Any:
+    """The model without its head or decoder, where it has that name for it (Hugging Face's)."""
+    return getattr(model, "base_model", model)
+
+
+def encode(model: nn.Module, images: Tensor) -> None:
+    """Run the encoder or, where the model has no name for it, the model."""
+    encoder = encoder_of(model)
+    if _takes(encoder, "forward_encoder", images, 0.0):
+        encoder.forward_encoder(images, 0.0)
+    elif hasattr(encoder, "forward_features"):
+        encoder.forward_features(images)
+    elif hasattr(model, "base_model"):
+        # Only where it must: at its own size, Hugging Face's interpolation refuses images that are not square.
+        resized = image_size(model) != images.shape[-2:] and "interpolate_pos_encoding" in _parameters(encoder)
+        encoder(images, **({"interpolate_pos_encoding": True} if resized else {}))
+    else:
+        encoder(images)
+
+
+def has_decoder(model: nn.Module) -> bool:
+    """Whether `encode` may run more than the encoder."""
+    encoder = encoder_of(model)
+    named = hasattr(encoder, "forward_features") or hasattr(model, "base_model")
+    return not (named or _takes(encoder, "forward_encoder", torch.empty(0), 0.0))
+
+
+def _takes(owner: Any, name: str, *args: Any) -> bool:
+    """Whether a module has a method that can be called with these arguments."""
+    try:
+        signature(getattr(owner, name)).bind(*args)
+    except (AttributeError, TypeError):
+        return False
+    return True
+
+
+def _parameters(encoder: nn.Module) -> Any:
+    return signature(encoder.forward).parameters
+
+
+@contextmanager
+def all_patches(model: nn.Module, share: float = 1.0) -> Iterator[list[Tensor]]:
+    """Make an MAE keep every patch, or the first `share` of them, in order, for as long as the context lasts.
+
+    Yields the patches that the MAE would have masked, once it has come there.
+    """
+    asked: list[Tensor] = []
+    owner = next((module for module in model.modules() if hasattr(module, "random_masking")), None)
+    if owner is None:
+        yield asked
+        return
+    before = vars(owner).get("random_masking")
+
+    def keep_all(x: Tensor, *how: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
+        asked.append(x)
+        kept = x[:, : max(1, int(x.shape[1] * share))]
+        mask = (torch.arange(x.shape[1], device=x.device) >= kept.shape[1]).float()
+        return kept, mask.expand(x.shape[:2]), torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+
+    vars(owner)["random_masking"] = keep_all
+    try:
+        yield asked
+    finally:
+        del vars(owner)["random_masking"]
+        if before is not None:
+            vars(owner)["random_masking"] = before
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run the model in eval mode, without gradients; its mode, buffers and torch's random state come back after."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [
+        (module._buffers, name, buffer, buffer._version, buffer.clone())
+        for module in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {buffer.device for buffer in (*model.parameters(), *model.buffers()) if buffer.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(list(devices)):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for owner, name, buffer, version, value in buffers:
+                owner[name] = buffer
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+def try_picture(model: nn.Module, run: Callable[[Tensor], T]) -> tuple[Tensor, T]:
+    """The first tiny picture, [1, C, height, width], with which `run` goes through the model, and what it returned.
+
+    Raises:
+        ValueError: where none does; it has the shapes that were tried, and the model's own error.
+    """
+    tried: list[list[int]] = []
+    cause: Exception | None = None
+    with untouched(model):
+        for picture in tiny_pictures(model):
+            try:
+                return picture, run(picture)
+            except Exception as error:
+                tried.append(list(picture.shape))
+                cause = error
+    raise ValueError(
+        f"{type(model).__name__} could not be tried on a picture. Shape{'s' if len(tried) > 1 else ''}: "
+        f"{', '.join(map(str, tried))}. Its error: {type(cause).__name__}: {cause}. It must take images "
+        "[B, C, height, width] alone: pass the encoder that does (a model of images and text has one for images), or "
+        "give it an `img_size`, in pixels, where it takes images of one size"
+    ) from cause
+
+
+def check_patches(model: nn.Module) -> None:
+    """Refuse a model whose patch grid cannot be found: its encoder is tried on a tiny picture.
+
+    An encoder that takes more than images is not; its patch embedding is.
+
+    Raises:
+        ValueError: where the grid is not that of what comes out, or is masked, or no picture goes in.
+    """
+    patch_grid(model, torch.empty(1, 3, 1 << 12, 1 << 12, device="meta"))
+    if any(hasattr(weight, "full_tensor") for weight in model.parameters()):
+        return  # Sharded weights cannot be run a part at a time.
+    watch = PatchWatch()
+
+    def run(picture: Tensor) -> list[Tensor]:
+        with watch, all_patches(model) as masked:
+            encode(model, picture)
+        return masked
+
+    def embed(picture: Tensor) -> list[Tensor]:
+        with watch:
+            patch_embedding(model)(picture)
+        return []
+
+    try:
+        picture, masked = try_picture(model, run)
+    except ValueError:
+        picture, masked = try_picture(model, embed)
+    watch.check(model, picture)
+    height, width = patch_grid(model, picture)
+    if masked and masked[0].shape[1] != height * width:
+        raise ValueError(
+            f"{type(model).__name__} masks {masked[0].shape[1]} tokens of a picture of shape {list(picture.shape)}, "
+            f"whose patches are {height} x {width}: use a mask that needs no grid, such as RandomMask()"
+        )
