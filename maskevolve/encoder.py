@@ -18,8 +18,9 @@ T = TypeVar("T")
 
 
 def encoder_of(model: nn.Module) -> Any:
-    """The model without its head or decoder, where it has that name for it (Hugging Face's)."""
-    return getattr(model, "base_model", model)
+    """The model without its head or decoder, where it has that name for it (Hugging Face's) and it makes the patches."""
+    base = getattr(model, "base_model", None)
+    return base if isinstance(base, nn.Module) and patch_embedding(base) is not None else model
 
 
 def encode(model: nn.Module, images: Tensor) -> None:
