@@ -32,8 +32,8 @@ class _Layout(NamedTuple):
 def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
     """The patch grid (H, W) of images of shape [B, C, height, width], from the model's patch embedding.
 
-    It follows from the stride of the convolution in the embedding or, where there are several or none, from its
-    `patch_size`.
+    It follows from the stride of the convolution in the embedding. Where there are several or none, or `patch_size` is
+    neither its kernel nor its stride, it follows from `patch_size`.
 
     Raises:
         ValueError: where the model has no patch size, or patches of one or three dimensions, or images are smaller
@@ -94,18 +94,19 @@ def _layout(model: nn.Module) -> _Layout:
             "patch grid: set it, as in model.patch_embed.patch_size = 16"
         )
     is_padded = bool(getattr(embed, "dynamic_img_pad", False))
+    size = _two(model, embed, embed.patch_size) if _has_patch_size(embed) else None
     convolution = _convolution(embed)
     if convolution is not None:
         kernel, stride, padding, dilation = (
             _two(model, embed, getattr(convolution, name)) for name in ("kernel_size", "stride", "padding", "dilation")
         )
-        reach = (dilation[0] * (kernel[0] - 1) + 1, dilation[1] * (kernel[1] - 1) + 1)
-        return _Layout(reach, stride, padding, is_padded)
-    # A convolutional stem of timm knows by how much it shrinks an image before its patches.
-    size = embed.feat_ratio(as_scalar=False) if hasattr(embed, "feat_ratio") else getattr(embed, "patch_size", None)
-    if size is None:  # the first of several convolutions
-        size = embed.stride
-    return _Layout(_two(model, embed, size), _two(model, embed, size), is_padded=is_padded)
+        if size in (None, kernel, stride):
+            reach = (dilation[0] * (kernel[0] - 1) + 1, dilation[1] * (kernel[1] - 1) + 1)
+            return _Layout(reach, stride, padding, is_padded)
+    elif hasattr(embed, "feat_ratio"):  # a convolutional stem of timm shrinks an image before its patches
+        size = _two(model, embed, embed.feat_ratio(as_scalar=False))
+    size = _two(model, embed, embed.stride) if size is None else size  # of the first of several convolutions
+    return _Layout(size, size, is_padded=is_padded)
 
 
 def _count(layout: _Layout, axis: int, size: int) -> int:
