@@ -341,7 +341,7 @@ def _layer_index(layer: int, count: int) -> int:
     return layer % count
 
 
-def check_affinity(model: nn.Module, layers: Sequence[int] | None | str) -> None:
+def check_affinity(model: nn.Module, layers: Sequence[int] | str | None) -> None:
     """Refuse a model that could not be read in training: it is tried on a tiny picture.
 
     Args:

@@ -242,7 +242,7 @@ class MaskedAutoencoder(Autoencoder):
 
     def forward(self, images, mask_ratio=0.75):
         encoder, decoder = (getattr(self, name) for name in self.names)
-        x, mask, ids_restore = self.random_masking(self.patch_embed(images), mask_ratio)
+        x, _, ids_restore = self.random_masking(self.patch_embed(images), mask_ratio)
         x = encoder[0](x)
         x = torch.cat([x, x.new_zeros(len(x), 64 - x.shape[1], 48)], 1)[torch.arange(len(x))[:, None], ids_restore]
         for block in [encoder[1], *decoder]:
@@ -391,8 +391,7 @@ def test_every_call_of_scaled_dot_product_attention(call, expected, key_heads):
 
 def grouped(call):
     """The same call, for keys of fewer heads."""
-    source = types.FunctionType(call.__code__, {**call.__globals__, "sdpa": partial(sdpa, enable_gqa=True)})
-    return source
+    return types.FunctionType(call.__code__, {**call.__globals__, "sdpa": partial(sdpa, enable_gqa=True)})
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 60.0), (torch.bfloat16, 8.0)])
