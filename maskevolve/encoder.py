@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def encoder_of(model: nn.Module) -> Any:
-    """The model without its head or decoder, where it has that name for it (Hugging Face's) and it makes the patches."""
+    """The model without its head or decoder, where it has a name for it (Hugging Face's) and patches are made there."""
     base = getattr(model, "base_model", None)
     return base if isinstance(base, nn.Module) and patch_embedding(base) is not None else model
 
@@ -116,21 +116,26 @@ def try_picture(model: nn.Module, run: Callable[[Tensor], T]) -> tuple[Tensor, T
     Raises:
         ValueError: where none does; it has the shapes that were tried, and the model's own error.
     """
-    tried: list[list[int]] = []
-    cause: Exception | None = None
+    tried: dict[str, Exception] = {}
     with untouched(model):
         for picture in tiny_pictures(model):
-            try:
+            with _noted(tried, str(list(picture.shape))):
                 return picture, run(picture)
-            except Exception as error:
-                tried.append(list(picture.shape))
-                cause = error
+    cause = list(tried.values())[-1]
     raise ValueError(
-        f"{type(model).__name__} could not be tried on a picture. Shape{'s' if len(tried) > 1 else ''}: "
-        f"{', '.join(map(str, tried))}. Its error: {type(cause).__name__}: {cause}. It must take images "
-        "[B, C, height, width] alone: pass the encoder that does (a model of images and text has one for images), or "
-        "give it an `img_size`, in pixels, where it takes images of one size"
+        f"{type(model).__name__} could not be tried on a picture. Tried: {', '.join(tried)}. Its last error: "
+        f"{type(cause).__name__}: {cause}. It must take images [B, C, height, width] alone: pass the encoder that does "
+        "(a model of images and text has one for images), or give it an `img_size`, in pixels, where it takes images "
+        "of one size"
     ) from cause
+
+
+@contextmanager
+def _noted(errors: dict[str, Exception], name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        errors[name] = error
 
 
 def check_patches(model: nn.Module) -> None:

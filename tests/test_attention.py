@@ -325,6 +325,7 @@ def calling(call, size=1.0, **options):
     torch.manual_seed(0)
     model = nn.Module()
     model.patch_embed, model.blocks = nn.Conv2d(3, 16, 4, 4), nn.ModuleList([Calls(call, **options) for _ in range(2)])
+    model.patch_embed.patch_size = 4
     nn.init.normal_(model.patch_embed.weight, std=0.2 * size)
 
     def forward(images):
@@ -411,6 +412,7 @@ def test_multihead_attention_is_read_without_dropout_and_in_float32(size):
     torch.manual_seed(0)
     model = nn.Module()
     model.patch_embed = nn.Conv2d(3, 16, 4, 4)
+    model.patch_embed.patch_size = 4
     model.blocks = nn.ModuleList([nn.MultiheadAttention(16, 2, dropout=0.5, batch_first=True)])
     for weight in (model.patch_embed.weight, model.blocks[0].in_proj_weight):
         nn.init.normal_(weight, std=size)
@@ -424,17 +426,33 @@ def test_multihead_attention_is_read_without_dropout_and_in_float32(size):
     torch.testing.assert_close(affinity, expected, rtol=1e-4, atol=1e-6)
 
 
+class Counter(nn.Module):
+    """Changes one buffer in place and replaces another, in any mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(3))
+
+    def forward(self, images):
+        self.calls += 1
+        self.last = images.mean((0, 2, 3))
+        return images + torch.rand_like(images)
+
+
 def test_trying_a_model_leaves_no_trace():
     model = Autoencoder("tail")
-    model.norm = nn.BatchNorm2d(3)
+    model.counter, model.norm = Counter(), nn.BatchNorm2d(3)
     model.encoder.eval()
-    embed = model.forward
-    model.forward = lambda images: embed(model.norm(images + torch.rand_like(images)))
+    encode = model.forward
+    model.forward = lambda images: encode(model.norm(model.counter(images)))
+    buffers = dict(model.named_buffers())
     state = {name: value.clone() for name, value in model.state_dict().items()}
     modes, random = [module.training for module in model.modules()], torch.get_rng_state()
     attention_modules(model)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert all(value is buffers[name] for name, value in model.named_buffers())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
