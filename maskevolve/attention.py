@@ -7,32 +7,28 @@ rotary embeddings and biases are included, whatever the model does to get there.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from inspect import signature
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention, softmax
 from torch.overrides import TorchFunctionMode
 
-from .functional import MaskedPatches
-from .random_masking import Result, arrange, host_method, learn_results
+from .encoder import all_patches, encode, encoder_of, has_decoder, try_picture, untouched
+from .geometry import PatchWatch, patch_grid
 
-__all__ = ["attention_affinity", "attention_modules", "patch_grid", "reading", "token_affinity", "whole_patches"]
+__all__ = ["attention_affinity", "attention_modules", "check_affinity", "reading", "token_affinity"]
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
 """An attention module is one that has its number of heads under one of these names."""
 
 
-DECODER = r"decoder|(^|\.)dec(\.|_|\d|$)"
-"""In the names of modules that do not see images."""
-
-_results: WeakKeyDictionary[nn.Module, tuple[Result, ...]] = WeakKeyDictionary()
-"""What the `random_masking` of a model returns."""
+_known: WeakKeyDictionary[nn.Module, tuple[list[ref[nn.Module]], list[str]]] = WeakKeyDictionary()
+"""Of models with a decoder that were tried: all their attention modules, and the names of the encoder's."""
 
 
 class _Done(Exception):
@@ -65,12 +61,13 @@ def attention_affinity(model: nn.Module, images: Tensor, layers: Sequence[int] |
         torch.Size([1, 196, 196])
     """
     wanted = attention_modules(model, layers)
-    reader = _Reader([module for _, module in wanted])
-    with reader.hooked(), _all_patches(model), reader, suppress(_Done):
-        _encode(model, images)
+    reader, watch = _Reader([module for _, module in wanted]), PatchWatch()
+    with reader.hooked(), all_patches(model), watch, reader, suppress(_Done):
+        encode(model, images)
     if reader.total is None or reader.left:
         silent = ", ".join(name for name, module in wanted if module in reader.left)
         raise RuntimeError(_not_found(model, f"took no softmax attention in {silent}"))
+    watch.check(model, images)
     prefix = _count_prefix(model, images, reader.total.shape[1])
     return reader.total[:, prefix:, prefix:] / len(reader.modules)
 
@@ -100,23 +97,28 @@ def token_affinity(model: nn.Module, images: Tensor) -> Tensor:
         >>> token_affinity(vit, torch.randn(1, 3, 224, 224)).shape
         torch.Size([1, 196, 196])
     """
-    name, module = attention_modules(model)[0]
+    names = {module: name for name, module in _all_attention(model)}
+    first: list[nn.Module] = []
     read: list[Tensor] = []
 
     def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first.append(module)
         read.extend(value for value in (*args, *kwargs.values()) if torch.is_tensor(value) and value.ndim == 3)
-        if read:
-            raise _Done
+        raise _Done
 
-    handle = module.register_forward_pre_hook(take, with_kwargs=True)
+    handles = [module.register_forward_pre_hook(take, with_kwargs=True) for module in names]
+    watch = PatchWatch()
     try:
-        with _all_patches(model), suppress(_Done):
-            _encode(model, images)
+        with all_patches(model), watch, suppress(_Done):
+            encode(model, images)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     if not read:
-        raise RuntimeError(_not_found(model, f"gave no tokens, [B, tokens, width], to {name}"))
-    tokens = read[0] if getattr(module, "batch_first", True) else read[0].transpose(0, 1)  # of nn.MultiheadAttention
+        asked = ", ".join(names[module] for module in first or names)
+        raise RuntimeError(_not_found(model, f"gave no tokens, [B, tokens, width], to {asked}"))
+    watch.check(model, images)
+    tokens = read[0] if getattr(first[0], "batch_first", True) else read[0].transpose(0, 1)  # of nn.MultiheadAttention
     tokens = tokens[:, _count_prefix(model, images, tokens.shape[1]) :]
     with torch.autocast(tokens.device.type, enabled=False):
         tokens = tokens.float()
@@ -133,55 +135,6 @@ def _count_prefix(model: nn.Module, images: Tensor, tokens: int) -> int:
             f"patches of images of shape {list(images.shape)}: does it drop patches (masking, patch_drop_rate)?"
         )
     return tokens - height * width
-
-
-def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
-    """The patch grid (H, W) of images of shape [B, C, height, width], from the `patch_size` of the model's parts.
-
-    Example:
-        >>> import timm
-        >>> patch_grid(timm.create_model("vit_tiny_patch16_224", depth=1), torch.empty(1, 3, 224, 160))
-        (14, 10)
-    """
-    rows, columns = _patch_size(model)
-    height, width = images.shape[-2:]
-    if getattr(_patch_embed(model), "dynamic_img_pad", False):
-        return -(-height // rows), -(-width // columns)
-    return height // rows, width // columns
-
-
-def whole_patches(model: nn.Module, images: Tensor) -> Tensor:
-    """The pixels of the patches: without those at the right and the bottom that fill none, or with those that pad one.
-
-    Example:
-        >>> import timm
-        >>> whole_patches(timm.create_model("vit_tiny_patch16_224", depth=1), torch.empty(1, 3, 230, 160)).shape
-        torch.Size([1, 3, 224, 160])
-    """
-    height, width = (cells * size for cells, size in zip(patch_grid(model, images), _patch_size(model), strict=True))
-    images = images[..., :height, :width]
-    right, below = width - images.shape[-1], height - images.shape[-2]
-    return nn.functional.pad(images, (0, right, 0, below), mode="replicate") if right or below else images
-
-
-def _patch_size(model: nn.Module) -> tuple[int, int]:
-    embed = _patch_embed(model)
-    if embed is None:
-        raise ValueError(
-            f"{type(model).__name__} has no patch_embed.patch_size (in pixels), which tells the patch grid: set it, as "
-            "in model.patch_embed.patch_size = 16"
-        )
-    return _pair(embed.patch_size)
-
-
-def _patch_embed(model: nn.Module) -> Any:
-    """What knows the patch size: `patch_embed`, or the first module that has one; None where there is none."""
-    candidates = (getattr(model, "patch_embed", None), *model.modules())
-    return next((module for module in candidates if hasattr(module, "patch_size")), None)
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 class _Reader(TorchFunctionMode):
@@ -217,10 +170,9 @@ class _Reader(TorchFunctionMode):
         if self.running not in self.left:
             return func(*args, **kwargs)
         if func is scaled_dot_product_attention:
-            self._add(_attend(*args, **kwargs)[0])
+            self._add(_attention(*args, **kwargs))
         elif func is multi_head_attention_forward:  # nn.MultiheadAttention, whose inside no mode sees
-            weights = {"need_weights": True, "average_attn_weights": True, "training": False}
-            self._add(func(*args, **{**kwargs, **weights})[1][:, None])
+            self._add(_attention_of_multi_head(*args, **kwargs))
         result = func(*args, **kwargs)
         if func in (Tensor.softmax, torch.softmax, softmax):
             self._add(result)
@@ -304,46 +256,143 @@ class _Onlooker(_Reader):
             super()._add(attention.detach())
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, scale: float | None = None, **_: Any
-) -> tuple[Tensor, Tensor]:
-    """What scaled_dot_product_attention returns, after the softmax [B, heads, tokens, tokens] that it does not."""
-    logits = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        logits = logits.masked_fill(~attn_mask, -torch.inf)
-    elif attn_mask is not None:
-        logits = logits + attn_mask
-    attention = torch.softmax(logits, -1, dtype=torch.float32)
-    return attention, attention.to(value.dtype) @ value
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The softmax that scaled_dot_product_attention takes of these arguments, before dropout, in float32 at least."""
+    with torch.autocast(query.device.type, enabled=False):
+        query, key = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (query, key))
+        if enable_gqa:
+            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        logits = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+        if is_causal:
+            later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+            logits = logits.masked_fill(later, -torch.inf)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            logits = logits.masked_fill(~attn_mask, -torch.inf)
+        elif attn_mask is not None:
+            logits = logits + attn_mask
+        alone = (logits == -torch.inf).all(-1, keepdim=True)  # attends to nothing
+        return logits.softmax(-1).masked_fill(alone, 0.0)
+
+
+def _attention_of_multi_head(*args: Any, **kwargs: Any) -> Tensor:
+    """The same of multi_head_attention_forward, [B, 1, tokens, tokens], the mean over its heads."""
+    call = signature(multi_head_attention_forward).bind(*args, **kwargs)
+    for name, value in call.arguments.items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            call.arguments[name] = value.float()
+    call.arguments.update(training=False, need_weights=True, average_attn_weights=True)
+    with torch.autocast(call.arguments["query"].device.type, enabled=False):
+        attention = multi_head_attention_forward(*call.args, **call.kwargs)[1]
+    assert attention is not None
+    return attention[:, None] if attention.ndim == 3 else attention[None, None]
+
+
+class _Shapes(_Reader):
+    """Notes the shapes of the attention of modules, in the order in which they run: None where none is seen."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__(modules)
+        self.shapes: dict[nn.Module, tuple[int, ...] | None] = {}
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        super()._enter(module, args)
+        self.shapes.setdefault(module, None)
+
+    def _add(self, attention: Tensor) -> None:
+        assert self.running is not None
+        self.shapes[self.running] = tuple(attention.shape)
 
 
 def attention_modules(model: nn.Module, layers: Sequence[int] | None = None) -> list[tuple[str, nn.Module]]:
-    """The encoder's attention modules by name: in `blocks` where there are such, so that no decoder is counted.
+    """The encoder's attention modules by name.
+
+    Those of a decoder or a pooling head are left out by where they run. Where the names of the modules leave it open
+    which these are, the model is tried on a picture, once: `encode` tells what it runs, a model that masks in its
+    forward pass attends over more tokens in its decoder, and in one that does not, the encoder is the list of blocks
+    that images come to first.
 
     Args:
         model: see `attention_affinity`.
         layers: which of them, counted from 0 or, below 0, from the end; all where None.
 
     Raises:
-        ValueError: where a layer does not exist.
+        ValueError: where a layer does not exist, or the model cannot be tried on a picture.
         RuntimeError: where there are none; it names the modules that were looked at.
     """
-    encoder = _encoder(model)
-    inside = set(getattr(encoder, "blocks", encoder).modules())
-    named = [(name, module) for name, module in model.named_modules() if module in inside]
-    found = [(name, module) for name, module in named if any(hasattr(module, heads) for heads in HEADS)]
-    # A decoder sees mask tokens, not images.
-    found = [(name, module) for name, module in found if not re.search(DECODER, name)] or found
-    # Where a block or the whole model has such a name too, the attention is what lies innermost.
-    known = {module for _, module in found}
-    found = [(name, module) for name, module in found if len(known.intersection(module.modules())) == 1]
-    if not found:
-        raise RuntimeError(_not_found(model, f"has no attention module, which is one with `{'` or `'.join(HEADS)}`"))
+    found = _all_attention(model)
+    if len(blocks := {_block_list(model, name) for name, _ in found}) > 1 or None in blocks:
+        names = _names_in_encoder(model, found)
+        found = [(name, module) for name, module in found if name in names]
     if layers is None:
         return found
     if isinstance(layers, int) or not len(layers):
         raise ValueError(f"layers={layers} must be a list of at least one layer, such as [0, 1]")
     return [found[_layer_index(layer, len(found))] for layer in layers]
+
+
+def _all_attention(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All modules that attend, by name, those of a decoder too."""
+    inside = set(encoder_of(model).modules())
+    named = [(name, module) for name, module in model.named_modules() if module in inside]
+    found = [(name, module) for name, module in named if any(hasattr(module, heads) for heads in HEADS)]
+    # Where a block or the whole model has such a name too, the attention is what lies innermost.
+    known = {module for _, module in found}
+    found = [(name, module) for name, module in found if len(known.intersection(module.modules())) == 1]
+    if not found:
+        raise RuntimeError(_not_found(model, f"has no attention module, which is one with `{'` or `'.join(HEADS)}`"))
+    return found
+
+
+def _block_list(model: nn.Module, name: str) -> str | None:
+    """The name of the outermost list that a module is in."""
+    parts = name.split(".")
+    owners = (".".join(parts[:end]) for end in range(len(parts)))
+    lists = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    return next((owner for owner in owners if isinstance(model.get_submodule(owner), lists)), None)
+
+
+def _names_in_encoder(model: nn.Module, found: list[tuple[str, nn.Module]]) -> list[str]:
+    """Which of the attention modules are the encoder's. The model is tried once, and again where they change."""
+    modules = [ref(module) for _, module in found]
+    if model not in _known or _known[model][0] != modules:
+        _known[model] = modules, _try_encoder(model, dict(found))
+    return _known[model][1]
+
+
+def _try_encoder(model: nn.Module, found: dict[str, nn.Module]) -> list[str]:
+    whole = has_decoder(model)
+
+    def run(picture: Tensor) -> tuple[dict[nn.Module, tuple[int, ...] | None], bool]:
+        reader = _Shapes(list(found.values()))
+        # Without half of the patches, a decoder has more tokens than the encoder.
+        with reader.hooked(), all_patches(model, share=0.5 if whole else 1.0) as asked, reader:
+            encode(model, picture)
+        return reader.shapes, bool(asked)
+
+    _, (shapes, masks) = try_picture(model, run)
+    # Where nothing runs, all stay, for the error that names them.
+    names = {module: name for name, module in found.items()}
+    # A class token or a pooling head attends to patches, but they do not to one another.
+    ran = [module for module, shape in shapes.items() if shape is None or shape[-2] == shape[-1]] or list(names)
+    if whole and masks:
+        first = shapes.get(ran[0])
+        ran = [module for module in ran if shapes.get(module) == first]
+    elif whole:
+        ran = [module for module in ran if _same_list(model, names[module], names[ran[0]])]
+    return [names[module] for module in ran]
+
+
+def _same_list(model: nn.Module, name: str, other: str) -> bool:
+    return _block_list(model, name) == _block_list(model, other)
 
 
 def _layer_index(layer: int, count: int) -> int:
@@ -352,51 +401,25 @@ def _layer_index(layer: int, count: int) -> int:
     return layer % count
 
 
-def _encode(model: nn.Module, images: Tensor) -> None:
-    """Run the encoder on all patches."""
-    encoder = _encoder(model)
-    if hasattr(encoder, "forward_encoder"):
-        encoder.forward_encoder(images, 0.0)
-    elif hasattr(encoder, "forward_features"):
-        encoder.forward_features(images)
-    elif hasattr(model, "base_model"):
-        # Only where it must: at its own size, Hugging Face's interpolation refuses images that are not square.
-        resized = _pair(_patch_embed(model).image_size) != images.shape[-2:]
-        encoder(images, **({"interpolate_pos_encoding": True} if resized else {}))
-    else:
-        encoder(images)
+def check_affinity(model: nn.Module, layers: Sequence[int] | str | None) -> None:
+    """Refuse a model that could not be read in training: it is tried on a tiny picture.
 
+    Args:
+        model: see `attention_affinity`.
+        layers: what is read; "tokens" for what `token_affinity` reads.
 
-def _encoder(model: nn.Module) -> Any:
-    """The model without its head or decoder, where it has that name for it (Hugging Face's)."""
-    return getattr(model, "base_model", model)
-
-
-@contextmanager
-def _all_patches(model: nn.Module) -> Iterator[None]:
-    """Make an MAE keep every patch, in order, for as long as the context lasts."""
-    owner = next((module for module in model.modules() if hasattr(module, "random_masking")), None)
-    if owner is None:
-        yield
-        return
-    before, own = vars(owner).get("random_masking"), host_method(owner, "random_masking")
-
-    first = next(iter(signature(own).parameters))
-
-    def keep_all(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        x = args[0] if args else kwargs[first]
-        if owner not in _results:
-            _results[owner] = learn_results(lambda: own(*args, **kwargs), x)
-        in_order = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-        return arrange(MaskedPatches(x, torch.zeros_like(in_order), in_order), _results[owner])
-
-    vars(owner)["random_masking"] = keep_all
-    try:
-        yield
-    finally:
-        del vars(owner)["random_masking"]
-        if before is not None:
-            vars(owner)["random_masking"] = before
+    Raises:
+        ValueError: where a layer or the patch grid is not found, or the model cannot be tried on a picture.
+        RuntimeError: where no attention is found; it names the modules that were looked at.
+    """
+    _all_attention(model)
+    with all_patches(model):
+        picture, _ = try_picture(model, lambda picture: encode(model, picture))
+    with untouched(model):
+        if isinstance(layers, str):
+            token_affinity(model, picture)
+        else:
+            attention_affinity(model, picture, layers)
 
 
 def _not_found(model: nn.Module, what: str) -> str:

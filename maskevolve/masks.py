@@ -52,6 +52,11 @@ class Masking(nn.Module):
         """Whether the next call must be given `parts`."""
         return False
 
+    @property
+    def needs_grid(self) -> bool:
+        """Whether it matters where patches lie. A mask to which it does not is drawn for patches of any kind."""
+        return True
+
     def scores(
         self,
         batch_size: int,
@@ -185,6 +190,11 @@ class RandomMask(Masking):
     Source: Masked Autoencoders, https://arxiv.org/abs/2111.06377
     """
 
+    @property
+    def needs_grid(self) -> bool:
+        """False: every patch is alike."""
+        return False
+
     def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
         return F.random_scores(batch_size, grid_size, **source)
 
@@ -276,6 +286,11 @@ class PartMask(Masking):
     def needs_parts(self) -> bool:
         """True: there are no whole parts without parts."""
         return True
+
+    @property
+    def needs_grid(self) -> bool:
+        """False: the parts say which patches go together."""
+        return False
 
     def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
         if parts is None:
@@ -371,6 +386,11 @@ class EvolvingMask(Masking):
     def needs_parts(self) -> bool:
         """Whether a mask that needs parts has weight now."""
         return (self.start.needs_parts and self._alpha < 1) or (self.end.needs_parts and self._alpha > 0)
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether either mask needs one."""
+        return self.start.needs_grid or self.end.needs_grid
 
     def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
         if parts is None and self.needs_parts:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 
-from .attention import attention_affinity, attention_modules, patch_grid, token_affinity, whole_patches
+from .attention import attention_affinity, check_affinity, token_affinity
 from .average import move_average, refuse_sharded, tensors_of, unwrap
 from .checks import check_number, is_whole
 from .functional import GridSize
+from .geometry import patch_grid, whole_patches
 from .partition import PartHierarchy
 from .precision import keep_dtype
 from .schedule import Schedule, clamp_epoch, num_parts_at, num_parts_by
@@ -48,8 +49,7 @@ class _Teacher(nn.Module):
         refuse_sharded(model)
         if isinstance(layers, str) and layers != "tokens":
             raise ValueError(f'layers={layers!r} must be "tokens", a list of attention layers, or None for all of them')
-        # Refuses what has no such attention here, not in the first step.
-        attention_modules(model, None if isinstance(layers, str) else layers)
+        check_affinity(model, layers)  # refuses here what it would in the first step
         if not isinstance(partitioner, nn.Module):
             raise TypeError(f"partitioner={partitioner!r} must be an instance, such as GraphCutPartitioner()")
         pair = isinstance(num_parts, (tuple, list)) and len(num_parts) == 2

@@ -1,15 +1,24 @@
 """The affinity against what the model's own, unfused softmax gives."""
 
+import itertools
 import re
+import types
+from functools import partial
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from vits import MAE, VARIANTS, make_vit
 
 from maskevolve import GraphCutPartitioner, PartTeacher
-from maskevolve.attention import attention_affinity, attention_modules, patch_grid
+from maskevolve.attention import attention_affinity, attention_modules
+from maskevolve.geometry import patch_grid
+
+
+def make_teacher(model, **options):
+    return PartTeacher(model, GraphCutPartitioner(), total_epochs=10, **options)
 
 
 def softmax_maps(vit, run):
@@ -133,10 +142,24 @@ def test_windowed_attention_is_an_error():
 
 
 def test_a_model_that_hides_its_patch_size_is_an_error():
-    vit = make_vit()
-    del vit.patch_embed.patch_size
-    with pytest.raises(ValueError, match=r"patch_embed\.patch_size = 16"):
-        attention_affinity(vit, torch.randn(1, 3, 224, 224))
+    mae, images = MAE(), torch.randn(1, 3, 64, 64)
+    mae.patch_embed = Unfolded(48)
+    for refused in (lambda: attention_affinity(mae, images), lambda: make_teacher(mae)):
+        with pytest.raises(ValueError, match=r"patch_embed\.patch_size = 16"):
+            refused()
+    mae.patch_embed.patch_size = 8
+    assert attention_affinity(mae, images).shape == (1, 64, 64)
+
+
+class Unfolded(nn.Module):
+    """A patch embedding that does not tell the size of its patches."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(192, width)
+
+    def forward(self, images):
+        return self.linear(nn.functional.unfold(images, 8, stride=8).mT)
 
 
 class HandWritten(nn.Module):
@@ -187,27 +210,84 @@ def test_dropped_patches_are_an_error():
         attention_affinity(vit, torch.randn(1, 3, 224, 224))
 
 
-@pytest.mark.parametrize("name", ["decoder", "decoder_blocks", "dec", "dec_blocks", "my_decoder"])
+NAMES = ["decoder", "decoder_blocks", "dec", "dec_blocks", "my_decoder", "tail", "blocks2"]
+
+
+def blocks():
+    return nn.ModuleList([HandWritten(48, 3) for _ in range(2)])
+
+
+class Autoencoder(nn.Module):
+    """A decoder in the forward pass, which alone takes images."""
+
+    def __init__(self, decoder, encoder="encoder"):
+        super().__init__()
+        self.patch_embed = MAE(width=48).patch_embed
+        self.names = encoder, decoder
+        self.add_module(encoder, blocks())
+        self.add_module(decoder, blocks())
+
+    def forward(self, images):
+        x = self.patch_embed(images)
+        for block in [*getattr(self, self.names[0]), *getattr(self, self.names[1])]:
+            x = block(x)
+        return x
+
+
+class MaskedAutoencoder(Autoencoder):
+    """The same with mask tokens, and the first block of the decoder in the list of the encoder."""
+
+    def random_masking(self, x, mask_ratio):
+        raise AssertionError("masking is off")
+
+    def forward(self, images, mask_ratio=0.75):
+        encoder, decoder = (getattr(self, name) for name in self.names)
+        x, _, ids_restore = self.random_masking(self.patch_embed(images), mask_ratio)
+        x = encoder[0](x)
+        x = torch.cat([x, x.new_zeros(len(x), 64 - x.shape[1], 48)], 1)[torch.arange(len(x))[:, None], ids_restore]
+        for block in [encoder[1], *decoder]:
+            x = block(x)
+        return x
+
+
+def named_mae(name):
+    """An MAE of the usual methods, whose decoder has another name."""
+    mae = MAE(width=48)
+    mae.add_module(name, mae._modules.pop("decoder_blocks"))
+    return mae
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_decoder_is_not_read(name):
-    class WithDecoder(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.patch_embed = MAE(width=48).patch_embed
-            self.encoder = nn.ModuleList([HandWritten(48, 3) for _ in range(2)])
-            self.add_module(name, nn.ModuleList([HandWritten(48, 3) for _ in range(2)]))
-
-        def forward(self, images):
-            x = self.patch_embed(images)
-            for block in [*self.encoder, *getattr(self, name)]:
-                x = block(x)
-            return x
-
-    model, images = WithDecoder(), torch.randn(2, 3, 64, 64)
+    model, images = Autoencoder(name), torch.randn(2, 3, 64, 64)
     before = attention_affinity(model, images)
     for parameter in getattr(model, name).parameters():
         nn.init.normal_(parameter)
     assert torch.equal(attention_affinity(model, images), before)
     assert [name for name, _ in attention_modules(model)] == ["encoder.0", "encoder.1"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_decoder_is_told_by_where_it_runs(name):
+    named = [name for name, _ in attention_modules(Autoencoder(name, "decoder_free_encoder"))]
+    assert named == ["decoder_free_encoder.0", "decoder_free_encoder.1"]
+    model = MaskedAutoencoder(name, "decoder_free_encoder")
+    assert [name for name, _ in attention_modules(model)] == ["decoder_free_encoder.0"]
+    assert attention_affinity(model, torch.randn(2, 3, 64, 64)).shape == (2, 64, 64)
+    assert [name for name, _ in attention_modules(named_mae(name))] == ["blocks.0.attn", "blocks.1.attn"]
+    assert make_teacher(named_mae(name), layers=[-1])(torch.randn(2, 3, 64, 64)).shape == (2, 64)
+
+
+def test_modules_that_change_are_looked_at_again():
+    model = Autoencoder("tail")
+    assert len(attention_modules(model)) == 2
+    model.encoder = nn.ModuleList([HandWritten(48, 3) for _ in range(3)])
+    assert [name for name, _ in attention_modules(model)] == ["encoder.0", "encoder.1", "encoder.2"]
+
+
+def test_pooling_and_class_attention_are_left_out():
+    cait = timm.create_model("cait_xxs24_224", img_size=64, depth=2).eval()
+    assert attention_affinity(cait, torch.randn(1, 3, 64, 64)).shape == (1, 16, 16)
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 64), (64, 64)])
@@ -220,3 +300,159 @@ def test_attention_without_heads_is_an_error_that_says_so(shape):
 
     with pytest.raises(ValueError, match=r"\[B, heads, tokens, tokens\]"):
         attention_affinity(nn.Sequential(Folded()), torch.randn(2, 3, 64, 64))
+
+
+# What a model may call.
+
+
+class Calls(nn.Module):
+    """Attention of the tokens as they are, by any call."""
+
+    num_heads = 4
+
+    def __init__(self, call, key_heads=4):
+        super().__init__()
+        self.call, self.key_heads = call, key_heads
+
+    def forward(self, x):
+        query = x.unflatten(2, (4, -1)).transpose(1, 2)
+        self.given = query, query[:, : self.key_heads], query[:, : self.key_heads].flip(2)
+        self.output = self.call(*self.given)
+        return self.output.transpose(1, 2).flatten(2)
+
+
+def calling(call, size=1.0, **options):
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.patch_embed, model.blocks = nn.Conv2d(3, 16, 4, 4), nn.ModuleList([Calls(call, **options) for _ in range(2)])
+    model.patch_embed.patch_size = 4
+    nn.init.normal_(model.patch_embed.weight, std=0.2 * size)
+
+    def forward(images):
+        x = model.patch_embed(images).flatten(2).mT
+        for block in model.blocks:
+            x = block(x)
+
+    model.forward = forward
+    return model.eval(), torch.randn(2, 3, 12, 12)
+
+
+def by_hand(query, key, mask=None, causal=False, scale=None):
+    """The softmax, a head and a query at a time, in float64: [B, tokens, tokens], the mean over heads."""
+    batch, heads, tokens, width = query.shape
+    total = torch.zeros(batch, tokens, tokens, dtype=torch.float64)
+    for b, h, n in itertools.product(range(batch), range(heads), range(tokens)):
+        logits = key[b, h * key.shape[1] // heads].double() @ query[b, h, n].double()
+        logits = logits * (width**-0.5 if scale is None else scale)
+        if mask is not None:
+            logits = torch.where(mask[n], logits, -torch.inf) if mask.dtype == torch.bool else logits + mask[n]
+        if causal:
+            logits[n + 1 :] = -torch.inf
+        if logits.isfinite().any():
+            total[b, n] += logits.softmax(0)
+    return (total / heads).float()
+
+
+ALLOWED = torch.rand(9, 9, generator=torch.Generator().manual_seed(0)) > 0.4
+ALLOWED[3] = False
+BIAS = torch.randn(9, 9, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda q, k, v: sdpa(q, k, v), {}),
+        (lambda q, k, v: sdpa(q, k, v, None, 0.0), {}),
+        (lambda q, k, v: sdpa(q, k, v, None, 0.0, False), {}),
+        (lambda q, k, v: sdpa(q, k, v, None, 0.0, True), {"causal": True}),
+        (lambda q, k, v: sdpa(query=q, key=k, value=v, is_causal=True, scale=2.0), {"causal": True, "scale": 2.0}),
+        (lambda q, k, v: sdpa(q, k, v, BIAS, 0.0, scale=0.1), {"mask": BIAS, "scale": 0.1}),
+        (lambda q, k, v: sdpa(q, k, v, attn_mask=ALLOWED), {"mask": ALLOWED}),
+        (lambda q, k, v: sdpa(q, k, v, ALLOWED, dropout_p=0.0), {"mask": ALLOWED}),
+        (lambda q, k, v: sdpa(q, k, v, None, 0.5), {}),
+    ],
+)
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_every_call_of_scaled_dot_product_attention(call, expected, key_heads):
+    if key_heads < 4:
+        call = grouped(call)
+    model, images = calling(call, key_heads=key_heads)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model.forward(images)
+    query, key, _ = model.blocks[1].given
+    output = model.blocks[0].output
+    torch.manual_seed(1)
+    second = attention_affinity(model, images, [1])
+    torch.testing.assert_close(second, by_hand(query, key, **expected), rtol=1e-4, atol=1e-6)
+    torch.manual_seed(1)
+    attention_affinity(model, images, [0, 1])
+    assert torch.equal(model.blocks[0].output, output), "the forward pass is what it is without us"
+
+
+def grouped(call):
+    """The same call, for keys of fewer heads."""
+    return types.FunctionType(call.__code__, {**call.__globals__, "sdpa": partial(sdpa, enable_gqa=True)})
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 60.0), (torch.bfloat16, 8.0)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_of_half_precision_are_exact(dtype, size, autocast):
+    model, images = calling(lambda q, k, v: sdpa(q.to(dtype), k.to(dtype), v.to(dtype)).float(), size)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        affinity = attention_affinity(model, images, [0])
+    query, key, _ = (each.to(dtype) for each in model.blocks[0].given)
+    largest = (query.double() @ key.double().mT).abs().max()
+    assert largest > (65504 if dtype == torch.float16 else 1000)
+    torch.testing.assert_close(affinity, by_hand(query, key), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0.2, 60.0])
+def test_multihead_attention_is_read_without_dropout_and_in_float32(size):
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.patch_embed = nn.Conv2d(3, 16, 4, 4)
+    model.patch_embed.patch_size = 4
+    model.blocks = nn.ModuleList([nn.MultiheadAttention(16, 2, dropout=0.5, batch_first=True)])
+    for weight in (model.patch_embed.weight, model.blocks[0].in_proj_weight):
+        nn.init.normal_(weight, std=size)
+    model.forward = lambda images: model.blocks[0](*[model.patch_embed(images).flatten(2).mT] * 3, need_weights=False)
+    model, images = model.half().train(), torch.randn(2, 3, 12, 12).half()
+    affinity = attention_affinity(model, images)
+    with torch.no_grad():
+        x = model.patch_embed(images).flatten(2).mT
+        model, x = model.float().eval(), x.float()
+        expected = model.blocks[0](x, x, x)[1]
+    torch.testing.assert_close(affinity, expected, rtol=1e-4, atol=1e-6)
+
+
+class Counter(nn.Module):
+    """Changes one buffer in place and replaces another, in any mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(3))
+
+    def forward(self, images):
+        self.calls += 1
+        self.last = images.mean((0, 2, 3))
+        return images + torch.rand_like(images)
+
+
+def test_trying_a_model_leaves_no_trace():
+    model = Autoencoder("tail")
+    model.counter, model.norm = Counter(), nn.BatchNorm2d(3)
+    model.encoder.eval()
+    encode = model.forward
+    model.forward = lambda images: encode(model.norm(model.counter(images)))
+    buffers = dict(model.named_buffers())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modes, random = [module.training for module in model.modules()], torch.get_rng_state()
+    attention_modules(model)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert all(value is buffers[name] for name, value in model.named_buffers())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -322,6 +322,17 @@ def test_models_in_the_shape_of_mmpretrain():
     assert model(torch.randn(2, 3, 64, 64))[0].shape == (2, 16, 48)
 
 
+class Unfolded(nn.Module):
+    """A patch embedding that does not tell the size of its patches."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(192, 48)
+
+    def forward(self, images):
+        return self.linear(nn.functional.unfold(images, 8, stride=8).mT)
+
+
 class TestWrongUse:
     def test_no_mae(self):
         with pytest.raises(TypeError, match="VisionTransformer has no `random_masking`"):
@@ -342,12 +353,13 @@ class TestWrongUse:
         apply_to_mae(model, EvolvingMask(10), make_teacher(model))
 
     def test_a_hidden_patch_size_is_found_at_once(self):
-        model = MAE()
-        del model.patch_embed.patch_size
+        model, embed = MAE(), Unfolded()
+        model.patch_embed = embed
         with pytest.raises(ValueError, match=r"patch_embed\.patch_size = 16"):
-            apply_to_mae(model, RandomMask())
-        model.patch_embed.patch_size = 8
-        apply_to_mae(model, RandomMask())
+            apply_to_mae(model, GridMask())
+        apply_to_mae(model, RandomMask()).remove()  # for which it does not matter where patches lie
+        embed.patch_size = 8
+        apply_to_mae(model, GridMask())
 
     @pytest.mark.parametrize("masking", [PartMask(), EvolvingMask(10)])
     def test_no_teacher(self, masking):

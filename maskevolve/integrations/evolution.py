@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.hooks import RemovableHandle
 
-from ..attention import patch_grid
+from ..encoder import check_patches
 from ..fixed import FixedDraws, kept_random_states
-from ..functional import MaskedPatches, resolve_grid
+from ..functional import GridSize, MaskedPatches, resolve_grid
+from ..geometry import patch_grid
 from ..masks import Masking
 from ..random_masking import host_method
 from ..teacher import PartTeacher
@@ -86,7 +87,6 @@ class Evolution:
         epochs, teachers = (getattr(each, "total_epochs", None) for each in (masking, teacher))
         if None not in (epochs, teachers) and epochs != teachers:
             raise ValueError(f"the masking has total_epochs={epochs}, its teacher {teachers}: give both the same")
-        patch_grid(model, torch.empty(1, 3, 224, 224, device="meta"))  # refuses here what it would in the first step
         self.total_epochs = teachers if epochs is None else epochs
         self.last_mask: Tensor | None = None
         self.last_parts: Tensor | None = None
@@ -96,6 +96,9 @@ class Evolution:
         self._masked_before: tuple[Tensor, int, Tensor] | None = None
         needs_parts = any(getattr(mask, "needs_parts", False) for mask in masking.modules())
         self._takes_parts = needs_parts or teacher is not None
+        self._needs_grid = self._takes_parts or getattr(masking, "needs_grid", True)
+        if self._needs_grid:
+            check_patches(model)  # refuses here what it would in the first step
         self._has_epoch = not any(hasattr(part, "set_epoch") for part in (masking, teacher))
         self._watch = Watch(self.student, where, hasattr(teacher, "update"))
         self._lock = threading.RLock()
@@ -294,13 +297,18 @@ class Evolution:
         if not self._has_epoch and self.model.training:
             self._has_epoch = True
             _warn_of_epoch()
-        x = x.unflatten(1, resolve_grid(x.shape[1], patch_grid(self.model, images)))
+        x = x.unflatten(1, resolve_grid(x.shape[1], self._grid(x, images)))
         if self._takes_parts or self._fixed is not None or _is_distributed():
             masked = self._mask_eagerly(x, mask_ratio, images)
         else:
             masked = cast(MaskedPatches, self.masking(x, mask_ratio))
         self.last_mask = masked.mask.detach()
         return masked
+
+    def _grid(self, x: Tensor, images: Tensor) -> GridSize:
+        if self._needs_grid:
+            return patch_grid(self.model, images)
+        return self.masking.grid_size or (1, x.shape[1])  # where patches lie does not matter
 
     @eager
     def _mask_eagerly(self, x: Tensor, mask_ratio: float, images: Tensor) -> MaskedPatches:

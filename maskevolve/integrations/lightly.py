@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import patch_grid
+from ..geometry import patch_grid
 from ..masks import Masking
 from ..teacher import PartTeacher, unwrap
 from .evolution import Evolution, Teacher, eager, import_host
