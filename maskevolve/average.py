@@ -69,6 +69,8 @@ def move_average(average: nn.Module, model: nn.Module, decay: float) -> list[tor
 def _whole_tensors(model: nn.Module) -> Iterator[list[Tensor]]:
     """`tensors_of` a model, whole on each rank, for as long as the context lasts."""
     fsdp: Any = next((module for module in model.modules() if hasattr(module, "summon_full_params")), None)
+    if fsdp is not None and "_is_fsdp_managed_module" in vars(model):
+        raise ValueError(_not_outermost(model))  # gathering here what is inside of another would break that one
     with nullcontext() if fsdp is None else fsdp.summon_full_params(model, writeback=False):
         yield [
             cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
@@ -81,10 +83,7 @@ def _check_shapes(average: nn.Module, theirs: Sequence[Tensor], model: nn.Module
     if shapes == [list(tensor.shape) for tensor in tensors_of(average)]:
         return
     if _is_fsdp(model):
-        raise ValueError(
-            f"the weights of this {type(unwrap(model)).__name__} are split by FullyShardedDataParallel (FSDP1): call "
-            "update(model) with the outermost wrapped model, or shard with fully_shard (FSDP2)"
-        )
+        raise ValueError(_not_outermost(model))
     names = [name for name, _ in (*average.named_parameters(), *average.named_buffers())]
     ours = [(name, list(tensor.shape)) for name, tensor in zip(names, tensors_of(average), strict=True)]
     different = next((name for (name, shape), other in zip(ours, shapes, strict=False) if shape != other), "none")
@@ -97,3 +96,10 @@ def _check_shapes(average: nn.Module, theirs: Sequence[Tensor], model: nn.Module
 
 def _is_fsdp(model: nn.Module) -> bool:
     return any(getattr(module, "_is_fsdp_managed_module", False) for module in model.modules())
+
+
+def _not_outermost(model: nn.Module) -> str:
+    return (
+        f"the weights of this {type(unwrap(model)).__name__} are split by FullyShardedDataParallel (FSDP1): call "
+        "update(model) with the outermost wrapped model, or shard with fully_shard (FSDP2)"
+    )

@@ -181,3 +181,37 @@ def _sharded_before(as_they_are, before):
         optimizer.step()
         losses.append(loss.detach())
     return {"answers": answers, "losses": losses, "mask": evolution.last_mask}
+
+
+def sharded_by_fsdp1(rank):
+    """The teacher of a model that FullyShardedDataParallel splits, with and without the original parameters."""
+    return {name: _sharded_by_fsdp1(originals) for name, originals in (("original", True), ("flat", False))}
+
+
+def _sharded_by_fsdp1(originals):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    def make_teacher(model):
+        return PartTeacher(model, GraphCutPartitioner(), total_epochs=EPOCHS, num_parts=(8, 4), decay=0.5)
+
+    def error_of(function, *args):
+        try:
+            function(*args)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    model = MAE(seed=0)
+    teacher, blocks = make_teacher(model), ModuleWrapPolicy({type(model.blocks[0])})
+    options = {"auto_wrap_policy": blocks, "use_orig_params": originals, "device_id": torch.device("cpu")}
+    wrapped = FullyShardedDataParallel(model, **options)
+    built = [error_of(make_teacher, each) for each in (wrapped, model)]
+    updated, teachers = error_of(teacher.update, model), []
+    for factor in (2, 3):  # in place of a step
+        with torch.no_grad():
+            for shard in wrapped.parameters():
+                shard.mul_(factor)
+        teacher.update(wrapped)
+        teachers.append([weight.clone() for weight in teacher.model.module.parameters()])
+    return {"built": built, "updated": updated, "teachers": teachers}

@@ -238,7 +238,7 @@ class MaskedAutoencoder(Autoencoder):
     """The same with mask tokens, and the first block of the decoder in the list of the encoder."""
 
     def random_masking(self, x, mask_ratio):
-        raise AssertionError("masking is off")
+        return MAE.random_masking(self, x, mask_ratio)
 
     def forward(self, images, mask_ratio=0.75):
         encoder, decoder = (getattr(self, name) for name in self.names)

@@ -9,6 +9,7 @@ import pytest
 import ranks
 import torch
 from test_pretrain import equal
+from vits import MAE
 
 try:
     from torch.distributed.fsdp import fully_shard
@@ -69,6 +70,18 @@ def test_fully_sharded_in_the_first_way(tmp_path):
         assert "sharded by FullyShardedDataParallel (FSDP1)" in result["answers"][0]
         assert not torch.equal(result["mask"], second[case]["mask"])
         assert result["losses"][-1] < result["losses"][0]
+
+
+def test_fully_sharded_by_fsdp1(tmp_path):
+    """Of weights w that are doubled and then made six times w, with a decay of a half: 2 w, then 4 w."""
+    for results in ranks.on_ranks(ranks.sharded_by_fsdp1, tmp_path):
+        for result in results.values():
+            assert all(
+                "before fully_shard(model) or FullyShardedDataParallel(model)" in error for error in result["built"]
+            )
+            assert "FullyShardedDataParallel (FSDP1): call update(model) with the outermost" in result["updated"]
+            for factor, weights in zip((2, 4), result["teachers"], strict=True):
+                torch.testing.assert_close(weights, [factor * weight.detach() for weight in MAE(seed=0).parameters()])
 
 
 @pytest.mark.parametrize("trainer", ["hugging_face", "lightly"])
