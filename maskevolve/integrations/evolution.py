@@ -97,7 +97,7 @@ class Evolution:
         needs_parts = any(getattr(mask, "needs_parts", False) for mask in masking.modules())
         self._takes_parts = needs_parts or teacher is not None
         self._has_epoch = not any(hasattr(part, "set_epoch") for part in (masking, teacher))
-        self._watch = Watch(self.student, where, hasattr(teacher, "update"))
+        self._watch = Watch(self.student, where, hasattr(teacher, "update") and getattr(teacher, "decay", 0) != 1)
         self._lock = threading.RLock()
         self._followed: WeakKeyDictionary[Any, RemovableHandle] = WeakKeyDictionary()
         self._fixed: FixedDraws | None = None
