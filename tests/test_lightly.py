@@ -406,6 +406,7 @@ def test_lightning_moves_the_epoch_and_the_teacher(tmp_path, monkeypatch, accumu
     assert epochs == pytest.approx([step / 3 for step in range(9)])
     assert len(updates) == 9 // accumulate
     assert evolution.masking.alpha == trainer.callback_metrics["alpha"] == 1
+    assert evolution.teacher.num_parts == trainer.callback_metrics["num_parts"] == 4
     assert not trainer.optimizers[0]._optimizer_step_post_hooks
 
 

@@ -100,7 +100,7 @@ class Evolution:
         if self._needs_grid:
             check_patches(model)  # refuses here what it would in the first step
         self._has_epoch = not any(hasattr(part, "set_epoch") for part in (masking, teacher))
-        self._watch = Watch(self.student, where, hasattr(teacher, "update"))
+        self._watch = Watch(self.student, where, hasattr(teacher, "update") and getattr(teacher, "decay", 0) != 1)
         self._lock = threading.RLock()
         self._followed: WeakKeyDictionary[Any, RemovableHandle] = WeakKeyDictionary()
         self._fixed: FixedDraws | None = None

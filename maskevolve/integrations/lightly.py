@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, wraps
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ def lightning_callback(evolution: Evolution) -> Any:
 
     It sets the epoch before each batch, fractions included, and updates the teacher after each step of an optimizer
     that a GradScaler does not skip. Lightning's checkpoints hold the evolution, so that a resumed run goes on. `alpha`
-    is logged.
+    and `num_parts` are logged.
 
     Args:
         evolution: what `apply_to_lightly`, or any other integration, returned.
@@ -128,6 +128,8 @@ def lightning_callback(evolution: Evolution) -> Any:
 
             if hasattr(evolution.masking, "alpha"):
                 pl_module.log("alpha", evolution.masking.alpha, prog_bar=True)
+            if hasattr(evolution.teacher, "num_parts"):
+                pl_module.log("num_parts", float(cast(Any, evolution.teacher).num_parts))
 
         def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
             self.remove_hooks()

@@ -68,6 +68,7 @@ def apply_to_mae(model: nn.Module, masking: Masking, teacher: Teacher | None = N
 def _try(own: Callable[..., Any], model: nn.Module) -> tuple[Result, ...] | None:
     """What the model's own random_masking returns, or None where only the model knows how to call it."""
     number = getattr(model.patch_embed, "num_patches", 64)
+    number = number if isinstance(number, int) else 64
     x = torch.arange(4.0 * number).view(2, number, 2)
     try:
         return learn_results(lambda: own(x, 0.75), x)
