@@ -68,8 +68,10 @@ class Evolution:
         if None not in (epochs, teachers) and epochs != teachers:
             raise ValueError(f"the masking has total_epochs={epochs}, its teacher {teachers}: give both the same")
         patch_grid(model, torch.empty(1, 3, 224, 224, device="meta"))  # refuses here what it would in the first step
+        self.last_mask: Tensor | None = None
         self._images: Tensor | None = None
         self._has_epoch = teacher is None and not hasattr(masking, "set_epoch")
+        self._is_removed = False
         self._undo = ExitStack()
         _evolving.add(model)
         self._undo.callback(_evolving.discard, model)
@@ -114,6 +116,7 @@ class Evolution:
 
     def remove(self) -> None:
         """Give the model its own masks back."""
+        self._is_removed = True
         self._undo.close()
 
     # Below: what integrations are made of.
@@ -151,8 +154,11 @@ class Evolution:
             _warn_of_epoch()
         x = x.unflatten(1, resolve_grid(x.shape[1], patch_grid(self.model, images)))
         if self.teacher is None and not _is_distributed():
-            return cast(MaskedPatches, self.masking(x, mask_ratio))
-        return self._mask_eagerly(x, mask_ratio, images)
+            masked = cast(MaskedPatches, self.masking(x, mask_ratio))
+        else:
+            masked = self._mask_eagerly(x, mask_ratio, images)
+        self.last_mask = masked.mask.detach()
+        return masked
 
     @eager
     def _mask_eagerly(self, x: Tensor, mask_ratio: float, images: Tensor) -> MaskedPatches:
