@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import import_module
+from inspect import signature
 from itertools import zip_longest
 from typing import Any, TypeVar, cast
 from weakref import WeakSet
@@ -135,12 +136,27 @@ class Evolution:
 
         self._undo.callback(embed.register_forward_pre_hook(see, with_kwargs=True).remove)
 
+    def hook(self, module: nn.Module, change: Callable[[nn.Module, dict[str, Any]], dict[str, Any] | None]) -> None:
+        """Let `change` say what a module, or its copy, is called with, until `remove`.
+
+        It is called with the module and the arguments of the call by name; None leaves them as they are.
+        """
+        names = list(signature(type(module).forward).parameters)[1:]
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+            if self._is_removed:  # and this module a copy that was made before
+                return None
+            changed = change(module, dict(zip(names, args, strict=False)) | kwargs)
+            return None if changed is None else ((), changed)
+
+        self._undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+
     def see(self, images: Tensor) -> None:
         """Take the images whose patches are masked next."""
         self._images = images
 
-    def mask(self, x: Tensor, mask_ratio: float) -> MaskedPatches:
-        """Mask the patches [B, N, D] of the images that the model was given last."""
+    def mask(self, x: Tensor, mask_ratio: float, grid_size: tuple[int, int] | None = None) -> MaskedPatches:
+        """Mask the patches [B, N, D] of the images that the model was given last; on its patch grid where None."""
         # Each batch of images is masked once, so that no patches are masked with the parts of other images.
         images, self._images = self._images, None
         if images is None:
@@ -152,7 +168,7 @@ class Evolution:
         if not self._has_epoch and self.model.training:
             self._has_epoch = True
             _warn_of_epoch()
-        x = x.unflatten(1, resolve_grid(x.shape[1], patch_grid(self.model, images)))
+        x = x.unflatten(1, grid_size or resolve_grid(x.shape[1], patch_grid(self.model, images)))
         if self.teacher is None and not _is_distributed():
             masked = cast(MaskedPatches, self.masking(x, mask_ratio))
         else:
