@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vits import MAE
 
 from maskevolve import EvolvingMask, GraphCutPartitioner, PartTeacher
-from maskevolve.integrations import apply_to_mae, apply_to_timm
+from maskevolve.integrations import apply_to_mae, apply_to_mim, apply_to_timm
 
 EPOCHS, STOP = 4, 2
 RANKS = 2
@@ -38,6 +38,15 @@ def make_timm(rank):
     options = {"embed_dim": 48, "num_heads": 3, "depth": 2, "num_classes": 5, "patch_drop_rate": 0.75}
     vit = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, **options).train()
     return vit, apply_to_timm, lambda model, images: model(images).square().mean()
+
+
+def make_mim(rank):
+    from transformers import ViTConfig, ViTForMaskedImageModeling
+
+    torch.manual_seed(rank)
+    sizes = {"image_size": 64, "patch_size": 8, "encoder_stride": 8}
+    config = ViTConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, **sizes)
+    return ViTForMaskedImageModeling(config), apply_to_mim, lambda model, images: model(images).loss
 
 
 class Run:

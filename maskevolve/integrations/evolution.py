@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from importlib import import_module
+from inspect import signature
 from itertools import zip_longest
 from types import MethodType
 from typing import Any, TypeVar, cast
@@ -273,6 +274,21 @@ class Evolution:
 
         self._undo.callback(embed.register_forward_pre_hook(see, with_kwargs=True).remove)
 
+    def hook(self, module: nn.Module, change: Callable[[nn.Module, dict[str, Any]], dict[str, Any] | None]) -> None:
+        """Let `change` say what a module, or its copy, is called with, until `remove`.
+
+        It is called with the module and the arguments of the call by name; None leaves them as they are.
+        """
+        names = list(signature(type(module).forward).parameters)[1:]
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+            if self._is_removed:  # and this module a copy that was made before
+                return None
+            changed = change(module, dict(zip(names, args, strict=False)) | kwargs)
+            return None if changed is None else ((), changed)
+
+        self._undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+
     def embedding(self, module: nn.Module) -> None:
         """Note that a module embeds images now."""
         if module.training and torch.is_grad_enabled():
@@ -283,8 +299,8 @@ class Evolution:
         """The images of this thread that have not been masked yet."""
         return getattr(self._seen, "images", None)
 
-    def mask(self, x: Tensor, mask_ratio: float) -> MaskedPatches:
-        """Mask the patches [B, N, D] of the images that the model was given last."""
+    def mask(self, x: Tensor, mask_ratio: float, grid_size: tuple[int, int] | None = None) -> MaskedPatches:
+        """Mask the patches [B, N, D] of the images that the model was given last; on its patch grid where None."""
         # Each batch of images is masked once, so that no patches are masked with the parts of other images.
         images, self._seen.images = getattr(self._seen, "images", None), None
         if images is None:
@@ -297,7 +313,7 @@ class Evolution:
         if not self._has_epoch and self.model.training:
             self._has_epoch = True
             _warn_of_epoch()
-        x = x.unflatten(1, resolve_grid(x.shape[1], self._grid(x, images)))
+        x = x.unflatten(1, grid_size or resolve_grid(x.shape[1], self._grid(x, images)))
         if self._takes_parts or self._fixed is not None or _is_distributed():
             masked = self._mask_eagerly(x, mask_ratio, images)
         else:
