@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..masks import Masking
 from ..teacher import PartTeacher, unwrap
 from .evolution import Evolution
+from .naflex import NaFlexBatch, drop_patches
 
 __all__ = ["apply_to_timm"]
 
@@ -18,10 +19,12 @@ __all__ = ["apply_to_timm"]
 def apply_to_timm(vit: nn.Module, masking: Masking, teacher: PartTeacher | None = None) -> Evolution:
     """Let the patch dropout of a timm ViT drop what `masking` removes; its rate stays that of the ViT.
 
-    Prefix tokens (class, distillation, registers) are kept, and nothing is dropped in eval mode.
+    Prefix tokens (class, distillation, registers) are kept, and nothing is dropped in eval mode. Where a NaFlexVit is
+    given patches with coordinates, each image loses its share of its own patches, and padding is never counted.
 
     Args:
-        vit: a ViT or EVA of timm, made with `patch_drop_rate`; wrapped in DistributedDataParallel or compiled or not.
+        vit: a ViT, EVA or NaFlexVit of timm, made with `patch_drop_rate`; wrapped in DistributedDataParallel or
+            compiled or not.
         masking: the mask.
         teacher: where the mask gets its parts from, built from the same model; None for a mask that needs none.
 
@@ -44,7 +47,8 @@ def apply_to_timm(vit: nn.Module, masking: Masking, teacher: PartTeacher | None 
     Source: https://arxiv.org/abs/2212.00794
     """
     vit = unwrap(vit)
-    for name in ("patch_drop", "patch_embed"):
+    embed = "embeds" if hasattr(vit, "embeds") else "patch_embed"  # NaFlexVit's name for it
+    for name in ("patch_drop", embed):
         if not hasattr(vit, name):
             raise TypeError(f"{type(vit).__name__} has no `{name}`, as timm's ViTs have: pass such a ViT itself")
     dropout: Any = vit.patch_drop
@@ -61,14 +65,31 @@ def apply_to_timm(vit: nn.Module, masking: Masking, teacher: PartTeacher | None 
 
     def drop(self: Any, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         keep = None
-        if self.training and self.prob > 0:
+        if self.training and self.prob > 0 and naflex:
+            count = max(1, int((x.shape[1] - prefix) * (1 - self.prob)))
+            keep = drop_patches(evolution, naflex[0], vit.embeds, self.prob, count)
+            keep = keep.sort(1).values if self.ordered else keep
+            x = torch.cat([x[:, :prefix], x[:, prefix:].take_along_dim(keep[..., None], 1)], 1)
+        elif self.training and self.prob > 0:
             x, keep = _drop(evolution, x, prefix, self.prob, self.ordered, with_indices)
         return (x, keep) if with_indices else x
 
-    evolution.watch(vit.get_submodule("patch_embed"))
+    evolution.watch(vit.get_submodule(embed))
+    naflex: list[NaFlexBatch] = []  # what the ViT was given last, where that was no images
+    if embed == "embeds":
+        _note_batches(evolution, vit.get_submodule(embed), naflex)
     # A method, so that a copy of the ViT (its average, say) goes by its own training mode.
     evolution.replace(dropout, "forward", MethodType(drop, dropout))
     return evolution
+
+
+def _note_batches(evolution: Evolution, embeds: nn.Module, naflex: list[NaFlexBatch]) -> None:
+    """Keep the last batch of a NaFlexVit in `naflex`, which is empty where that was images."""
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        naflex[:] = [batch] if (batch := NaFlexBatch(*args, **kwargs)).patch_coord is not None else []
+
+    evolution._undo.callback(embeds.register_forward_pre_hook(note, with_kwargs=True).remove)
 
 
 def _drop(
