@@ -21,7 +21,7 @@ pytest.importorskip("stable_pretraining", reason="its tests run in .ci/run, in a
 import lightning.pytorch as pl
 import stable_pretraining as spt
 from stable_pretraining import methods
-from stable_pretraining.backbone import MaskedEncoder, MultiBlockMasking, PatchMasking
+from stable_pretraining.backbone import IJEPAMasking, MaskedEncoder, MultiBlockMasking, PatchMasking
 from stable_pretraining.backbone.patch_masking import MaskingOutput
 
 from maskevolve import EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher, RandomMask
@@ -300,6 +300,12 @@ def test_wrong_use_names_the_fix():
     pair = nn.ModuleDict({"first": make("SimMIM"), "second": make("MAE")})
     with pytest.raises(TypeError, match=r"2 modules that draw masks: pass one of first \(SimMIM\), second\.encoder"):
         apply_to_stable_pretraining(pair, RandomMask())
+    with pytest.raises(TypeError, match="IJEPAMasking returns IJEPAMaskOutput, where PatchMasking"):
+        apply_to_stable_pretraining(MaskedEncoder(make_vit(), IJEPAMasking()), RandomMask())
+    other = make("SimMIM")
+    other._random_mask = lambda images, ratio: None
+    with pytest.raises(TypeError, match=r"SimMIM\._random_mask\(images, ratio\) is neither"):
+        apply_to_stable_pretraining(other, RandomMask())
     module = make("MAE")
     with pytest.raises(ValueError, match="needs parts"):
         apply_to_stable_pretraining(module, EvolvingMask(4))
@@ -307,9 +313,11 @@ def test_wrong_use_names_the_fix():
         apply_to_stable_pretraining(module, EvolvingMask(4), make_teacher(make_vit(reg_tokens=2)))
     with pytest.raises(ValueError, match=r"from a whole MAE.*PartTeacher\(module\.encoder"):
         apply_to_stable_pretraining(module, EvolvingMask(4), make_teacher(module))
-    evolve(module)
-    with pytest.raises(ValueError, match=r"evolving masks already: call \.remove\(\)"):
-        apply_to_stable_pretraining(module, RandomMask())
+    for name in ("MAE", "SimMIM"):
+        module = make(name)
+        evolve(module)
+        with pytest.raises(ValueError, match=r"evolving masks already: call \.remove\(\)"):
+            apply_to_stable_pretraining(module, RandomMask())
 
 
 # Under Lightning, in a Module as stable-pretraining's own examples build it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from inspect import signature
 from types import MethodType
 from typing import Any
@@ -39,7 +40,7 @@ def apply_to_stable_pretraining(module: nn.Module, masking: Masking, teacher: Pa
 
     Raises:
         ImportError: where stable-pretraining is not installed.
-        TypeError: where the module has no such masks in it, or more than one that draws them.
+        TypeError: where nothing in the module draws such masks, or more than one does.
         ValueError: where it has evolving masks already, the mask needs parts and there is no teacher, or the teacher
             was built for another architecture or from a whole module.
 
@@ -48,6 +49,7 @@ def apply_to_stable_pretraining(module: nn.Module, masking: Masking, teacher: Pa
     backbone = import_host("stable_pretraining.backbone", "stable-pretraining")
     module = unwrap(module)
     owner = _find_owner(module, backbone.MaskedEncoder)
+    _check_draw(owner)
     model = next((inner for inner in owner.modules() if hasattr(inner, "patch_embed")), owner)
     evolution = Evolution(model, masking, teacher, _find_student(module, model, teacher))
     if isinstance(owner, backbone.MaskedEncoder):
@@ -73,6 +75,26 @@ def _find_owner(module: nn.Module, encoder: Any) -> Any:
         names = ", ".join(f"{name} ({type(inner).__name__})" for name, inner in found)
         raise TypeError(f"{type(module).__name__} has {len(found)} modules that draw masks: pass one of {names}")
     return found[0][1]
+
+
+def _check_draw(owner: Any) -> None:
+    """Refuse masks of another kind than those that are replaced."""
+    if hasattr(owner, "_random_mask"):
+        if len(signature(owner._random_mask).parameters) not in (1, 3):
+            raise TypeError(
+                f"{type(owner).__name__}._random_mask{signature(owner._random_mask)} is neither _random_mask(B, N, "
+                "device), as in SimMIM, nor _random_mask(x), as in CrossMAE"
+            )
+        return
+    height, width = owner.default_grid_h, owner.default_grid_w
+    with torch.random.fork_rng([]):
+        draw = type(owner.masking).forward  # not ours, where masks evolve already
+        drawn = draw(owner.masking, torch.zeros(1, height * width, owner.embed_dim), height, width)
+    if not all(hasattr(drawn, name) for name in ("visible", "mask", "ids_restore", "ids_keep")):
+        raise TypeError(
+            f"{type(owner.masking).__name__} returns {type(drawn).__name__}, where PatchMasking and others return a "
+            "MaskingOutput: masks can take the place of these only"
+        )
 
 
 def _find_student(module: nn.Module, model: nn.Module, teacher: Any) -> nn.Module:
@@ -137,7 +159,7 @@ def _replace_random_mask(evolution: Evolution, method: Any) -> None:
         masked = evolution.mask(x, _ratio(visible.shape[1], x.shape[1]))
         return masked.visible, masked.ids_restore >= x.shape[1] - int(predicted.sum())
 
-    draw = pair if list(signature(method._random_mask).parameters) == ["x"] else boolean
+    draw = pair if len(signature(method._random_mask).parameters) == 1 else boolean
     _replace(evolution, method, "forward", eager(forward, recursive=False))
     _replace(evolution, method, "_random_mask", eager(draw))
 
@@ -145,8 +167,9 @@ def _replace_random_mask(evolution: Evolution, method: Any) -> None:
 def _replace(evolution: Evolution, owner: Any, name: str, value: Callable[..., Any]) -> None:
     """Set a method until `remove`; `value` is called with the module and its own method as a function first."""
     before = getattr(owner, name)
-    own = before.__func__ if isinstance(before, MethodType) else lambda module, *args: before(*args)
+    own = before.__func__ if isinstance(before, MethodType) else lambda _, *args, **kwargs: before(*args, **kwargs)
 
+    @wraps(own)
     def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return value(module, own, *args, **kwargs)
 
