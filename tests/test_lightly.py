@@ -1,5 +1,6 @@
 """Evolving masks in MAEs made of Lightly's modules and under Lightning, against the real packages."""
 
+import random
 import threading
 from copy import deepcopy
 
@@ -21,7 +22,7 @@ from maskevolve import EvolvingMask, GraphCutPartitioner, GridMask, PartMask, Pa
 from maskevolve.attention import attention_affinity
 from maskevolve.integrations import apply_to_lightly, lightning_callback
 
-OWN = {name: getattr(utils, name) for name in ("random_token_mask", "random_grid_token_mask")}
+OWN = {name: function for name, function in vars(utils).items() if name.startswith("random_")}
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +119,117 @@ def test_pixios_coarse_grid_is_replaced_too():
     apply_to_lightly(mae, GridMask())
     assert mae(pictures()).shape == (2, 17, 48)
     assert mae.idx_mask.shape == (2, 48)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.65, 0.95])
+def test_inverse_blocks_of_capi_are_replaced_too(monkeypatch, ratio):
+    def draw(images, length):
+        return utils.random_inverse_block_mask((len(images), length), ratio, 5, roll=False, device=images.device)
+
+    mae = Plain(MaskedVisionTransformerTIMM(make_vit(reg_tokens=4)), draw)
+    own = draw(pictures(3), 69)
+    noise = torch.rand(3, 64)
+    monkeypatch.setattr(RandomMask, "draw", lambda *_, **__: noise)
+    apply_to_lightly(mae, RandomMask())
+    mae(pictures(3))
+    for ours, theirs in zip((mae.idx_keep, mae.idx_mask), own, strict=True):
+        assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+        assert torch.equal(ours, ours.sort(1).values), "in the order of the patches, as Lightly's"
+    removed = noise.argsort(1)[:, 64 - own[1].shape[1] :].sort(1).values + 5
+    assert torch.equal(mae.idx_mask, removed)
+
+
+class Distilled(nn.Module):
+    """In the shape of Lightly's DINOv2: a student whose blocks of patches are masked, and its frozen average."""
+
+    def __init__(self, **blocks):
+        super().__init__()
+        self.teacher = MaskedVisionTransformerTIMM(make_vit(dynamic_img_size=True))
+        self.student = deepcopy(self.teacher)
+        self.teacher.requires_grad_(False)
+        self.blocks = blocks
+
+    def training_step(self, batch, batch_idx):
+        views, _ = batch
+        images = torch.cat(views[:2])
+        self.block_mask = utils.random_block_mask((len(images), 8, 8), **self.blocks)
+        mask = torch.cat([images.new_zeros(len(images), 1, dtype=torch.bool), self.block_mask.flatten(1)], 1)
+        with torch.no_grad():
+            target = self.teacher.encode(images)[mask]
+        self.student.encode(torch.cat(views[2:]))
+        return nn.functional.mse_loss(self.student.encode(images, mask=mask)[mask], target)
+
+
+def views():
+    return [pictures(3), pictures(3).flip(3), pictures(3, 32, 32), pictures(3, 32, 32)], torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        {},
+        {"batch_mask_ratio": 1.0, "min_image_mask_ratio": 0.3, "max_image_mask_ratio": 0.6},
+        {"batch_mask_ratio": 0.4, "max_num_masks_per_block": 8, "max_attempts_per_block": 1, "device": "cpu"},
+        {"batch_mask_ratio": 0.0},
+    ],
+)
+def test_blocks_of_patches_have_lightlys_counts(blocks):
+    model, own = Distilled(**blocks), []
+    apply_to_lightly(model, EvolvingMask(4), make_teacher(model.student.vit)).set_epoch(3)
+    for seed in range(4):
+        random.seed(seed)
+        model.training_step(views(), 0)
+        random.seed(seed)
+        own = utils.random_block_mask((6, 8, 8), **blocks)
+        assert (model.block_mask.shape, model.block_mask.dtype) == (own.shape, own.dtype)
+        assert torch.equal(model.block_mask.sum((1, 2)), own.sum((1, 2)))
+
+
+def test_the_blocks_that_are_masked_have_the_highest_scores(monkeypatch):
+    model, noise = Distilled(batch_mask_ratio=1.0), torch.rand(6, 64)
+    monkeypatch.setattr(RandomMask, "draw", lambda *_, **__: noise)
+    apply_to_lightly(model, RandomMask())
+    model.training_step(views(), 0)
+    for scores, mask in zip(noise, model.block_mask.flatten(1), strict=True):
+        assert scores[mask].min() > scores[~mask].max()
+
+
+def test_blocks_are_whole_parts_of_the_views_that_are_masked():
+    model, (images, labels) = Distilled(batch_mask_ratio=1.0), views()
+    teacher = make_teacher(model.student)
+    evolution = apply_to_lightly(model, PartMask(), teacher).set_epoch(3)
+    assert evolution.student is model.student, "not its average"
+    parts = teacher(torch.cat(images[:2]))
+    for _ in range(3):
+        model.training_step((images, labels), 0)
+        for mask, image in zip(model.block_mask.flatten(1), parts, strict=True):
+            assert sum(mask[image == part].unique().numel() == 2 for part in image.unique()) <= 1
+
+
+def test_the_same_blocks_give_the_same_loss(monkeypatch):
+    model = Distilled()
+    evolution = apply_to_lightly(model, RandomMask())
+    ours = model.training_step(views(), 0)
+    evolution.remove()
+    monkeypatch.setattr(utils, "random_block_mask", lambda *_, **__: model.block_mask)
+    assert torch.equal(model.training_step(views(), 0), ours)
+
+
+def test_blocks_imported_by_name_are_an_error():
+    class Example(Distilled):
+        def training_step(self, batch, batch_idx):
+            images = torch.cat(batch[0][:2])
+            blocks = OWN["random_block_mask"]((len(images), 8, 8))
+            return self.student.encode(images, mask=nn.functional.pad(blocks.flatten(1), (1, 0)))
+
+    model = Example()
+    apply_to_lightly(model, RandomMask())
+    with pytest.raises(RuntimeError, match=r"from lightly\.models import utils.*utils\.random_block_mask"):
+        model.training_step(views(), 0)
+    other = Distilled()
+    apply_to_lightly(other, nn.Identity())
+    with pytest.raises(TypeError, match="Identity must be a maskevolve"):
+        other.training_step(views(), 0)
 
 
 def test_masks_are_whole_parts_at_the_end():
@@ -416,6 +528,29 @@ def test_lightning_options(tmp_path, options):
     evolution = evolve(mae, 2)
     make_trainer(evolution, tmp_path, 2, **options).fit(mae, loader())
     assert evolution.teacher.model.n_averaged == 6
+
+
+def test_a_probe_with_an_optimizer_of_its_own_does_not_move_the_teacher(tmp_path):
+    class Probed(MAE):
+        automatic_optimization = False
+
+        def training_step(self, images, batch_idx):
+            loss = super().training_step(images, batch_idx) + self.probe(images.mean((2, 3))).square().mean()
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self):
+            probe = set(self.probe.parameters())
+            rest = [weight for weight in self.parameters() if weight not in probe]
+            return torch.optim.SGD(self.probe.parameters(), 0.1), torch.optim.AdamW(rest, 1e-3)
+
+    mae = Probed(make_vit(), lr=1e-3, decoder_width=32)
+    mae.probe = nn.Linear(3, 1)
+    evolution = evolve(mae, 1)
+    make_trainer(evolution, tmp_path, 1).fit(mae, loader())
+    assert evolution.teacher.model.n_averaged == 3
 
 
 def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path):

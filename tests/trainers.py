@@ -1,4 +1,4 @@
-"""What each process of test_under_torchrun does, of test_vit_mae.py and test_lightly.py: `trainers.py HOST FOLDER`."""
+"""What each process of the tests under torchrun does, one function a host: `trainers.py HOST FOLDER`."""
 
 import sys
 from pathlib import Path
@@ -23,6 +23,15 @@ def lightly(folder):
     # Lightly's encoder has a mask token, which an MAE does not use.
     trainer = tests.make_trainer(evolution, folder, EPOCHS, devices=2, strategy="ddp_find_unused_parameters_true")
     return evolution, mae, lambda: trainer.fit(mae, tests.loader(16))
+
+
+def stable_pretraining(folder):
+    import test_stable_pretraining as tests
+
+    module = tests.make_module()
+    evolution = tests.evolve(module, EPOCHS)
+    trainer = tests.make_trainer(evolution, folder, EPOCHS, devices=2, strategy="ddp")
+    return evolution, module, lambda: trainer.fit(module, tests.loader(16))
 
 
 def main(host, folder):

@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, wraps
+from inspect import signature
 from threading import Lock
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..geometry import patch_grid
 from ..masks import Masking
 from ..teacher import PartTeacher, unwrap
 from .evolution import Evolution, Teacher, eager, import_host
+from .views import first_images, images_of
 
 __all__ = ["apply_to_lightly", "lightning_callback"]
 
 STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 """The methods of an MAE that take images and may draw a mask."""
-DRAWS = ("random_token_mask", "random_grid_token_mask")
-"""The functions of lightly.models.utils that stand for a mask: they return (idx_keep, idx_mask)."""
+DRAWS = ("random_token_mask", "random_grid_token_mask", "random_inverse_block_mask", "random_block_mask")
+"""The functions of lightly.models.utils that draw a mask: they return (idx_keep, idx_mask), the last bool [B, H, W]."""
 HOW_TO_DRAW = (
-    "write `from lightly.models import utils` and call `utils.random_token_mask(...)` in the `forward` or the "
-    "`training_step` of the module that apply_to_lightly was given"
+    "write `from lightly.models import utils` and call `utils.random_token_mask(...)`, `utils.random_block_mask(...)` "
+    "or another in the `forward` or the `training_step` of the module that apply_to_lightly was given"
 )
 
 
 def apply_to_lightly(mae: nn.Module, masking: Masking, teacher: Teacher | None = None) -> Evolution:
     """Let an MAE in the shape of Lightly's examples mask with `masking`, in place of `utils.random_token_mask`.
 
-    While `forward`, `training_step` or another step of the MAE runs, Lightly's function draws from `masking`, for the
-    images among the arguments of that step. It returns indices of the shapes that it would have returned, except that
-    no prefix token is ever masked.
+    While `forward`, `training_step` or another step of the MAE runs, Lightly's functions `random_token_mask`,
+    `random_grid_token_mask`, `random_inverse_block_mask` and `random_block_mask` draw from `masking`, for the images
+    among the arguments of that step. The first three return indices of the shapes that they would have returned, except
+    that no prefix token is ever masked; the last masks as many patches of each image as it would have masked.
 
     Args:
         mae: a LightningModule or plain module that has a MaskedVisionTransformerTIMM (or another encoder of Lightly's)
@@ -61,7 +62,9 @@ def apply_to_lightly(mae: nn.Module, masking: Masking, teacher: Teacher | None =
     """
     utils = import_host("lightly.models.utils", "'lightly[timm]'")
     mae = unwrap(mae)
-    backbone: Any = next((module for module in mae.modules() if hasattr(module, "images_to_tokens")), None)
+    backbones = [module for module in mae.modules() if hasattr(module, "images_to_tokens")]
+    trained = (each for each in backbones if any(weight.requires_grad for weight in each.parameters()))
+    backbone: Any = next(trained, backbones[0] if backbones else None)
     if backbone is None or backbone is mae:
         raise TypeError(
             f"{type(mae).__name__} {'is an' if backbone is mae else 'has no'} encoder of Lightly's, such as "
@@ -75,31 +78,49 @@ def apply_to_lightly(mae: nn.Module, masking: Masking, teacher: Teacher | None =
     evolution = Evolution(backbone, masking, teacher, vit if of_vit else backbone, "utils.random_token_mask")
     prefix: int = getattr(vit, "num_prefix_tokens", 1)
 
-    def draw(step: _Step, idx_keep: Tensor, idx_mask: Tensor) -> tuple[Tensor, Tensor]:
-        batch, keep = idx_keep.shape[0], idx_keep.shape[1] - prefix
-        patches = idx_keep.new_zeros(batch, keep + idx_mask.shape[1], 1, dtype=torch.float32)
+    def rank(step: _Step, batch: int, count: int, ratio: float, device: torch.device) -> Tensor:
+        """The place of each patch [B, N] in the order in which they stay."""
+        patches = torch.zeros(batch, count, 1, device=device)
         if evolution.images is None:
             evolution.see(_find_images(step, backbone, patches, masking.needs_parts))
-        ratio = 1 - (keep + 0.5) / patches.shape[1]  # half a patch more, against rounding
-        order = evolution.mask(patches, ratio).ids_restore.argsort(1) + prefix
+        masked = evolution.mask(patches, ratio)
+        return masked.ids_restore
+
+    def draw(step: _Step, idx_keep: Tensor, idx_mask: Tensor) -> tuple[Tensor, Tensor]:
+        batch, keep = idx_keep.shape[0], idx_keep.shape[1] - prefix
+        count = keep + idx_mask.shape[1]
+        ratio = max(0.0, 1 - (keep + 0.5) / count)  # half a patch more, against rounding
+        order = rank(step, batch, count, ratio, idx_keep.device).argsort(1) + prefix
         before = torch.arange(prefix, device=order.device).expand(batch, -1)
         return torch.cat([before, order[:, :keep]], 1), order[:, keep:]
 
+    def draw_blocks(step: _Step, counts: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        if not isinstance(masking, Masking):
+            raise TypeError(
+                "random_block_mask masks another number of patches in each image, for which "
+                f"{type(masking).__name__} must be a maskevolve.masks.Masking"
+            )
+        # Each image has its own number: the order of all patches says which.
+        count = grid_size[0] * grid_size[1]
+        place = rank(step, len(counts), count, 0.0, counts.device)
+        return (place >= count - counts[:, None]).view(-1, *grid_size)
+
     for name in steps:
-        evolution.replace(mae, name, _drawing_step(utils, draw))
-    evolution.replace(backbone, "encode", _checked_encode(evolution))
+        evolution.replace(mae, name, _drawing_step(utils, draw, draw_blocks))
+    for each in backbones:
+        evolution.replace(each, "encode", _checked_encode(evolution))
     return evolution
 
 
 def lightning_callback(evolution: Evolution) -> Any:
     """What moves an evolution along under Lightning: ``Trainer(..., callbacks=[lightning_callback(evolution)])``.
 
-    It sets the epoch before each batch, fractions included, and updates the teacher after each step of an optimizer
-    that a GradScaler does not skip. Lightning's checkpoints hold the evolution, so that a resumed run goes on. `alpha`
-    and `num_parts` are logged.
+    It sets the epoch before each batch, fractions included, and updates the teacher after each step of an optimizer of
+    the model (not of a probe beside it) that a GradScaler does not skip. Lightning's checkpoints hold the evolution, so
+    that a resumed run goes on. `alpha` and `num_parts` are logged.
 
     Args:
-        evolution: what `apply_to_lightly`, or any other integration, returned.
+        evolution: what `apply_to_lightly`, `apply_to_stable_pretraining` or any other integration returned.
 
     Returns:
         A Callback, of `lightning.pytorch` and of `pytorch_lightning` alike.
@@ -120,7 +141,8 @@ def lightning_callback(evolution: Evolution) -> Any:
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             self.remove_hooks()
-            self.hooks = [evolution.follow(optimizer) for optimizer in trainer.optimizers]
+            optimizers = _optimizers_of(evolution.student, trainer.optimizers)
+            self.hooks = [evolution.follow(optimizer) for optimizer in optimizers]
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             # An endless loader has infinitely many batches: its epoch stays a whole number.
@@ -147,12 +169,20 @@ def lightning_callback(evolution: Evolution) -> Any:
     return EvolutionCallback()
 
 
+def _optimizers_of(student: nn.Module, optimizers: list[Any]) -> list[Any]:
+    """Those that train the student, not a probe beside it; all where its weights are in none, as in DeepSpeed."""
+    weights = set(student.parameters())
+    own = [each for each in optimizers if any(weights.intersection(group["params"]) for group in each.param_groups)]
+    return own or optimizers
+
+
 @dataclass
 class _Step:
     """A step of an MAE that is under way in this thread."""
 
     given: Any
     draw: Callable[..., tuple[Tensor, Tensor]]
+    draw_blocks: Callable[..., Tensor]
     outer: _Step | None
     has_drawn: bool = False
 
@@ -160,7 +190,7 @@ class _Step:
 _current: ContextVar[_Step | None] = ContextVar("step", default=None)
 _lock = Lock()
 _steps_running = 0
-_own: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {}
+_own: dict[str, Callable[..., Any]] = {}
 
 
 def _is_written(method: Any) -> bool:
@@ -168,12 +198,14 @@ def _is_written(method: Any) -> bool:
     return method is not None and method.__module__.split(".")[0] not in ("torch", "lightning", "pytorch_lightning")
 
 
-def _drawing_step(utils: Any, draw: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+def _drawing_step(
+    utils: Any, draw: Callable[..., tuple[Tensor, Tensor]], draw_blocks: Callable[..., Tensor]
+) -> Callable[..., Any]:
     """A method during which Lightly's functions draw ours."""
 
     def step(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with _replaced(utils):
-            token = _current.set(_Step((args, kwargs), draw, _current.get()))
+            token = _current.set(_Step((args, kwargs), draw, draw_blocks, _current.get()))
             try:
                 return own(module, *args, **kwargs)
             finally:
@@ -201,19 +233,34 @@ def _replaced(utils: Any) -> Iterator[None]:
 
 
 @cache  # the same one for each step: compiled code depends on it
-def _asking(own: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+def _asking(own: Callable[..., Any]) -> Callable[..., Any]:
     """One of Lightly's functions, which asks the step that runs in this thread, if any."""
 
     @wraps(own)
-    def random_mask(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        idx_keep, idx_mask = own(*args, **kwargs)  # for their shapes and device, and for errors in the arguments
+    def random_mask(*args: Any, **kwargs: Any) -> Any:
         step = _current.get()
         if step is None:
-            return idx_keep, idx_mask
+            return own(*args, **kwargs)
         step.has_drawn = True
-        return step.draw(step, idx_keep, idx_mask)
+        if own.__name__ == "random_block_mask":
+            return _ask_for_blocks(step, own, *args, **kwargs)
+        idx_keep, idx_mask = own(*args, **kwargs)  # for their shapes and device, and for errors in the arguments
+        idx_keep, idx_mask = step.draw(step, idx_keep, idx_mask)
+        if own.__name__ == "random_inverse_block_mask":
+            return idx_keep.sort(1).values, idx_mask.sort(1).values
+        return idx_keep, idx_mask
 
     return eager(random_mask)
+
+
+def _ask_for_blocks(step: _Step, own: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """As many patches of each image as Lightly's function masks, which waits for the device unless that is the CPU."""
+    call = signature(own).bind(*args, **kwargs)
+    device = call.arguments.get("device")
+    call.arguments["device"] = "cpu"
+    blocks = own(*call.args, **call.kwargs)
+    counts = blocks.sum((1, 2)).to(torch.get_default_device() if device is None else device)
+    return step.draw_blocks(step, counts, (blocks.shape[1], blocks.shape[2]))
 
 
 def _checked_encode(evolution: Evolution) -> Callable[..., Any]:
@@ -244,16 +291,18 @@ def _find_images(step: _Step, backbone: nn.Module, patches: Tensor, only: bool) 
     batch, count = patches.shape[:2]
     found: dict[int, Tensor] = {}
     for giver in _outwards(step):
-        for tensor in _tensors(giver.given):
-            if tensor.ndim == 4 and len(tensor) == batch and math.prod(patch_grid(backbone, tensor)) == count:
-                found[id(tensor)] = tensor
+        views = images_of(backbone, _tensors(giver.given), count)
+        found |= {id(view): view for view in views if len(view) == batch}
+        joined = None if found else first_images(views, batch)
+        if joined is not None:
+            return joined
         if len(found) == 1 or (found and not only):
             return next(iter(found.values()))
         if found:
             break
     raise RuntimeError(
         f"the mask is drawn for {batch} images of {count} patches, but the arguments of the step hold {len(found)} "
-        "tensors that could be these images: call evolution.see(images) before utils.random_token_mask(...)"
+        "tensors that could be these images: call evolution.see(images) before the mask is drawn"
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..masks import Masking
 from ..teacher import unwrap
 from .evolution import Evolution, Teacher
+from .naflex import NaFlexBatch, drop_patches
 
 __all__ = ["apply_to_timm"]
 
@@ -18,10 +19,12 @@ __all__ = ["apply_to_timm"]
 def apply_to_timm(vit: nn.Module, masking: Masking, teacher: Teacher | None = None) -> Evolution:
     """Let the patch dropout of a timm ViT drop what `masking` removes; its rate stays that of the ViT.
 
-    Prefix tokens (class, distillation, registers) are kept, and nothing is dropped in eval mode.
+    Prefix tokens (class, distillation, registers) are kept, and nothing is dropped in eval mode. Where a NaFlexVit is
+    given patches with coordinates, each image loses its share of its own patches, and padding is never counted.
 
     Args:
-        vit: a ViT or EVA of timm, made with `patch_drop_rate`; wrapped in DistributedDataParallel or compiled or not.
+        vit: a ViT, EVA or NaFlexVit of timm, made with `patch_drop_rate`; wrapped in DistributedDataParallel or
+            compiled or not.
         masking: the mask.
         teacher: where the mask gets its parts from: a PartTeacher that was built from the same model, or any callable
             from images to integer labels, [B, N] or, of any size, [B, h, w]. None for a mask that needs none, and where
@@ -46,7 +49,8 @@ def apply_to_timm(vit: nn.Module, masking: Masking, teacher: Teacher | None = No
     Source: https://arxiv.org/abs/2212.00794
     """
     vit = unwrap(vit)
-    for name in ("patch_drop", "patch_embed"):
+    embed = "embeds" if hasattr(vit, "embeds") else "patch_embed"  # NaFlexVit's name for it
+    for name in ("patch_drop", embed):
         if not hasattr(vit, name):
             raise TypeError(f"{type(vit).__name__} has no `{name}`, as timm's ViTs have: pass such a ViT itself")
     dropout: Any = vit.patch_drop
@@ -63,13 +67,31 @@ def apply_to_timm(vit: nn.Module, masking: Masking, teacher: Teacher | None = No
 
     def drop(module: Any, own: Callable[..., Any], x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         keep = None
-        if module.training and module.prob > 0:
+        if module.training and module.prob > 0 and naflex:
+            count = max(1, int((x.shape[1] - prefix) * (1 - module.prob)))
+            keep = drop_patches(evolution, naflex[0], vit.embeds, module.prob, count)
+            keep = keep.sort(1).values if module.ordered else keep
+            x = torch.cat([x[:, :prefix], x[:, prefix:].take_along_dim(keep[..., None], 1)], 1)
+        elif module.training and module.prob > 0:
             x, keep = _drop(evolution, x, prefix, module.prob, module.ordered, with_indices)
         return (x, keep) if with_indices else x
 
-    evolution.watch(vit.get_submodule("patch_embed"))
+    evolution.watch(vit.get_submodule(embed))
+    naflex: list[NaFlexBatch] = []  # what the ViT was given last, where that was no images
+    if embed == "embeds":
+        _note_batches(evolution, vit.get_submodule(embed), naflex)
     evolution.replace(dropout, "forward", drop)
     return evolution
+
+
+def _note_batches(evolution: Evolution, embeds: nn.Module, naflex: list[NaFlexBatch]) -> None:
+    """Keep the last batch of a NaFlexVit in `naflex`, which is empty where that was images."""
+
+    def note(module: nn.Module, call: dict[str, Any]) -> None:
+        batch = NaFlexBatch(call["x"], call.get("patch_coord"), call.get("patch_valid"))
+        naflex[:] = [] if batch.patch_coord is None else [batch]
+
+    evolution.hook(embeds, note)
 
 
 def _drop(
