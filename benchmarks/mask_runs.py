@@ -39,6 +39,19 @@ POINTS = (0.25, 0.5, 1.0)  # of training, where it is measured; fine-tuned at th
 INITIAL, TRAINING, DATA, FINE_TUNING = range(4)  # what random numbers are for
 
 
+def commit() -> str:
+    """Of this code; "-dirty" where some of it was changed since."""
+
+    def git(*command: str) -> str:
+        home = Path(__file__).parents[1]
+        return subprocess.run(["git", *command], cwd=home, capture_output=True, text=True, check=False).stdout.strip()
+
+    return (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
+
+
+COMMIT = commit()  # when the process starts: what is committed later is not what runs
+
+
 @dataclass(frozen=True)
 class Size:
     image: int
@@ -145,7 +158,7 @@ class Run:
     def __init__(self, mask: str, seed: int, size: Size, data: Data, device: str) -> None:
         method = MASKS[mask]
         self.mask, self.seed, self.size, self.data, self.device = mask, seed, size, data, device
-        self.epochs = round(size.epochs * method.longer)
+        self.epochs = num_epochs(mask, size)
         torch.manual_seed(stream(seed, INITIAL))
         shape = (size.image, size.patch, size.width, size.depth, size.heads, size.decoder_depth)
         self.model = MaskedAutoencoder(method.masking(self.epochs), *shape).to(device)
@@ -241,8 +254,8 @@ class Run:
         """From the checkpoint, or from the start where there is none, to the end; what is written of it."""
         if checkpoint.exists():
             self.load(checkpoint)
-        if (now := commit()) not in self.commits:
-            self.commits.append(now)
+        if COMMIT not in self.commits:
+            self.commits.append(COMMIT)
         while self.due or self.epoch < self.epochs:
             if self.due:
                 self.measure()
@@ -263,7 +276,7 @@ class Run:
         os.replace(path.with_suffix(".tmp"), path)
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         self.check(state["settings"], path)
         for name in ("epoch", "seconds", "processor_seconds", "losses", "curve", "commits"):
             setattr(self, name, state[name])
@@ -282,16 +295,13 @@ class Run:
                 )
 
 
+def num_epochs(mask: str, size: Size) -> int:
+    return round(size.epochs * MASKS[mask].longer)
+
+
 def stream(seed: int, *place: int) -> int:
     """A seed for each use of random numbers."""
     return int(np.random.SeedSequence([seed, *place]).generate_state(1)[0])
-
-
-def commit() -> str:
-    """Of this code; "-dirty" where it was changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 def read_encoder(checkpoint: Path, size: Size) -> tuple[nn.Module, int]:

@@ -25,7 +25,7 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from mask_runs import BASELINE, MASKS, SIZES, Run, file_name, write
+from mask_runs import BASELINE, MASKS, SIZES, Run, file_name, num_epochs, write
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from pictures import Data
@@ -92,7 +92,7 @@ def work(
     """Make the runs that are not finished and that nobody else is making, one after the other."""
     if device == "cpu":
         torch.set_num_threads(1)
-    every = [Run(mask, seed, SIZES[size], data, "cpu").epochs for mask, seed in jobs]
+    every, failed = [num_epochs(mask, SIZES[size]) for mask, _ in jobs], list[str]()
 
     def finished() -> int:
         """Epochs of finished runs."""
@@ -112,8 +112,14 @@ def work(
                 run = Run(mask, seed, SIZES[size], data, device)
                 if path.exists():
                     run.check(json.loads(path.read_text())["settings"], path)
-                else:
+                    continue
+                try:
                     write(run.go_on(folder / "state.pt", show), path, machine, device)
+                except FloatingPointError as error:  # the others go on
+                    failed.append(str(error))
+                    bar.write(failed[-1])
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 @contextmanager
@@ -149,8 +155,8 @@ def report(folder: Path) -> None:
         "settings": {name: results[0]["settings"][name] for name in same},
         "rows": rows,
     }
-    folder.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(by_mask).savefig(folder.with_suffix(".png"), dpi=110)
+    (folder.parent / f"{folder.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(by_mask).savefig(folder.parent / f"{folder.name}.png", dpi=110)
     common.print_table([{"mask": row["name"], **pretraining_cells(row)} for row in rows])
     print(f"wrote {folder}.json and .png")
 
@@ -194,7 +200,7 @@ def draw(by_mask: dict[str, dict[int, Any]]) -> Figure:
     for ax, (name, title) in zip(axes, MEASURES.items(), strict=False):
         for index, (mask, runs) in enumerate(by_mask.items()):
             draw_mask(ax, mask, list(runs.values()), name, index)
-        ax.set(title=title, xlabel="epoch")
+        ax.set(title=title, xlabel="epoch", xlim=(0, None))
     axes[-1].axis("off")
     axes[-1].legend(*axes[1].get_legend_handles_labels(), loc="center", fontsize=9)
     return figure

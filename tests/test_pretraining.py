@@ -285,11 +285,13 @@ def test_files_of_other_settings_are_refused(tmp_path, data, monkeypatch):
         work(tmp_path, data, [("random", 0)])
 
 
-def test_a_loss_that_is_no_number_stops_the_run(data, monkeypatch):
-    run = Run("random", 5, CI, data, "cpu")
-    monkeypatch.setattr(run, "step", lambda images, epoch: torch.tensor(float("nan")))
-    with pytest.raises(FloatingPointError, match="random, seed 5: the loss of epoch 0 is nan"):
-        run.train_epoch()
+def test_a_loss_that_is_no_number_stops_its_run_and_no_other(tmp_path, data, monkeypatch):
+    step = Run.step
+    spoil = {"random": float("nan"), "block": 1.0}
+    monkeypatch.setattr(Run, "step", lambda run, *args: step(run, *args) * spoil[run.mask])
+    with pytest.raises(SystemExit, match="random, seed 5: the loss of epoch 0 is nan"):
+        work(tmp_path, data, [("random", 5), ("block", 5)])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["block-5.json"]
 
 
 def finished(mask, seed, value, seconds=1.0, **settings):
