@@ -37,10 +37,10 @@ MEASURES = {  # in the order of the table
     "fixed_loss": "loss on fixed masks",
 }
 SETTINGS: dict[str, Any] = {
-    "linear_c": 0.01,  # inverse of the weight of the squared weights, features scaled to deviation 1
-    "neighbours": 20,
+    "linear_c": 1.0,  # inverse of the weight of the squared weights, features scaled to deviation 1
+    "neighbours": 100,
     "segmentation_c": 0.01,
-    "fine_tune_lr": 1e-3,
+    "fine_tune_lr": 3e-3,
     "fine_tune_weight_decay": 0.05,
     "fine_tune_warm_up": 0.1,  # share of the steps
     "fine_tune_batch": 64,
@@ -50,8 +50,8 @@ SETTINGS: dict[str, Any] = {
     "fixed_seed": 20230618,
 }
 CANDIDATES = {
-    "linear_c": (0.001, 0.01, 0.1),
-    "neighbours": (5, 10, 20, 50),
+    "linear_c": (0.001, 0.01, 0.1, 1.0, 10.0),
+    "neighbours": (5, 10, 20, 50, 100),
     "segmentation_c": (0.0001, 0.01, 1.0),
     "fine_tune_lr": (1e-3, 3e-3),
 }
