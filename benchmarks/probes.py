@@ -75,7 +75,7 @@ def measure(model: nn.Module, fit: Pictures, test: Pictures, mask_ratio: float) 
     pairs = [(pooled(model.encoder, pictures.images), pictures.classes) for pictures in (fit, test)]
     return {
         "linear": score(linear_probe(SETTINGS["linear_c"]), *pairs),
-        "knn": score(KNeighborsClassifier(SETTINGS["neighbours"], metric="cosine"), *pairs),
+        "knn": score(nearest(SETTINGS["neighbours"], fit), *pairs),
         "segmentation": segmentation(model.encoder, fit, test, SETTINGS["segmentation_c"]),
         "fixed_loss": fixed_loss(model, test.spread(SETTINGS["fixed"]).images, mask_ratio),
     }
@@ -83,6 +83,12 @@ def measure(model: nn.Module, fit: Pictures, test: Pictures, mask_ratio: float) 
 
 def linear_probe(c: float) -> Pipeline:
     return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=MOST_STEPS))
+
+
+def nearest(neighbours: int, fit: Pictures) -> KNeighborsClassifier:
+    """No more neighbours than a class has pictures."""
+    a_class = len(fit.images) // len(fit.classes.unique())
+    return KNeighborsClassifier(min(neighbours, a_class), metric="cosine")
 
 
 def score(probe: Any, fit: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
@@ -173,7 +179,7 @@ def choose(encoder: nn.Module, fit: Pictures, held_out: Pictures, epochs: int) -
     pairs = [(pooled(encoder, pictures.images), pictures.classes) for pictures in (fit, held_out)]
     scores = {
         "linear_c": lambda c: score(linear_probe(c), *pairs),
-        "neighbours": lambda k: score(KNeighborsClassifier(k, metric="cosine"), *pairs),
+        "neighbours": lambda k: score(nearest(k, fit), *pairs),
         "segmentation_c": lambda c: segmentation(encoder, fit, held_out, c),
         "fine_tune_lr": lambda lr: fine_tune(encoder, fit, held_out, epochs, 0, lr),
     }
