@@ -46,7 +46,10 @@ def commit() -> str:
         home = Path(__file__).parents[1]
         return subprocess.run(["git", *command], cwd=home, capture_output=True, text=True, check=False).stdout.strip()
 
-    return (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
+    changed = git(
+        "status", "--porcelain", "--", *(f"{folder}/*.py" for folder in ("benchmarks", "examples", "maskevolve"))
+    )
+    return (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 COMMIT = commit()  # when the process starts: what is committed later is not what runs

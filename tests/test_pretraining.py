@@ -152,6 +152,16 @@ def test_masks_of_a_seed_share_weights_and_batches(monkeypatch, data):
     assert not equal(random, begin("random", 1))
 
 
+def test_epochs_draw_other_masks_and_batches(monkeypatch, data):
+    run, seen = Run("random", 0, CI, data, "cpu"), []
+    monkeypatch.setattr(run, "step", lambda images, epoch: seen.append((images, torch.rand(1))) or images.mean())
+    run.train_epoch()
+    run.train_epoch()
+    first, second = seen[0], seen[len(seen) // 2]
+    assert not equal(first[0], second[0])
+    assert not equal(first[1], second[1])
+
+
 class Leak(RandomMask):
     """Says that it removes patches, and shows them all."""
 
@@ -250,6 +260,7 @@ def test_crops_lie_in_the_picture_and_differ(data):
     slope = images[:, 0, 16].diff(dim=1).mean(1)
     assert 0.3 < float((slope < 0).float().mean()) < 0.7, "half are flipped"
     assert len(slope.unique()) > 150
+    assert bool((images[:, 0, 16].diff(dim=1) != 0).all()), "no crop reaches beyond the picture"
 
 
 def test_workers_share_the_runs_and_a_second_command_makes_none_again(tmp_path, folder, capsys):
