@@ -113,13 +113,16 @@ def folder(device: str) -> Path:
 
 def save(name: str, device: str, rows: list[Row], figure: Figure, **settings: Any) -> None:
     """Write `results/<machine>/<name>.json` and `.png`, and print the rows."""
-    versions = {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
-    result = {"machine": machine(device), "device": device, "versions": versions, **settings, "rows": rows}
+    result = {"machine": machine(device), "device": device, "versions": versions(), **settings, "rows": rows}
     path = folder(device) / name
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     figure.savefig(path.with_suffix(".png"), dpi=110)
     print_table(rows)
     print(f"wrote {path}.json and .png")
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
 
 
 def _version(package: str) -> str:

@@ -20,6 +20,7 @@ NOT_MEASURED = "No GPU was at hand: these figures are still to be measured on on
 def render(text: str) -> str:
     """The README with each table between its two markers made anew."""
     tables = {"masks": masks, "partition": partition, "step": step, "teachers": teachers, "parts": parts}
+    tables["pretraining"] = pretraining
 
     def replace(found: re.Match[str]) -> str:
         return f"<!-- {found[1]} -->\n{tables[found[1]]()}\n<!-- end -->"
@@ -92,6 +93,26 @@ def parts() -> str:
         return found
 
     return by_machine("part_quality", cells)
+
+
+def pretraining() -> str:
+    """What models have learned under each mask, and differences to the baseline's runs of the same seeds."""
+
+    def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
+        return {(row["name"], column): cell for row in rows for column, cell in pretraining_cells(row).items()}
+
+    return by_machine("pretraining", cells)
+
+
+def pretraining_cells(row: Any) -> dict[str, str]:
+    """The cells of one mask, by column: each measure, and its difference with a 95 % interval in brackets."""
+    found = {"seeds": str(row["seeds"]), "time": "" if row["time"] is None else f"{row['time']:.2f}"}
+    for name in (key.removesuffix("_difference") for key in row if key.endswith("_difference")):
+        cell = "" if row[name] is None else f"{row[name]:.3f}"
+        mean, low, high = row[f"{name}_difference"] or (None, None, None)
+        cell += "" if mean is None else f"; {mean:+.3f}"
+        found[name.replace("_", " ")] = cell + ("" if low is None else f" ({low:+.3f} to {high:+.3f})")
+    return found
 
 
 def by_machine(name: str, cells: Callable[[list[Any]], dict[tuple[str, str], str]]) -> str:

@@ -1,0 +1,323 @@
+"""One run of the study of pretraining: the masks, the sizes, and a training that can be stopped at any moment."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import common
+import numpy as np
+import torch
+from pictures import AREA, ASPECT, HELD_OUT, Data, batches
+from probes import SETTINGS, fine_tune, measure
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, normalize
+
+from maskevolve import BlockMask, EMPartitioner, EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher
+from maskevolve import RandomMask as Random
+from maskevolve.masks import Masking
+from maskevolve.schedule import num_parts_at
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from mae import MaskedAutoencoder
+
+MASK_RATIO = 0.75
+DECAY = 0.99  # of the teacher, a step: the library's 0.9999 is for runs of 10,000 steps and more
+NUM_PARTS = (40, 10)  # in the first and the last epoch, as released
+POINTS = (0.25, 0.5, 1.0)  # of training, where it is measured; fine-tuned at the last
+INITIAL, TRAINING, DATA, FINE_TUNING = range(4)  # what random numbers are for
+
+
+def commit() -> str:
+    """Of this code; "-dirty" where some of it was changed since."""
+
+    def git(*command: str) -> str:
+        home = Path(__file__).parents[1]
+        return subprocess.run(["git", *command], cwd=home, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git(
+        "status", "--porcelain", "--", *(f"{folder}/*.py" for folder in ("benchmarks", "examples", "maskevolve"))
+    )
+    return (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
+COMMIT = commit()  # when the process starts: what is committed later is not what runs
+
+
+@dataclass(frozen=True)
+class Size:
+    image: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    decoder_depth: int
+    epochs: int
+    batch: int
+    lr: float
+    weight_decay: float
+    warm_up: float
+    """Share of the steps; then cosine decay to 0."""
+    labelled: int
+    """Pictures a class that the probes learn from, at most."""
+    fine_tune_epochs: int
+
+
+SIZES = {
+    # Seconds; shows that it works and no more.
+    "ci": Size(32, 8, 32, 2, 2, 1, 4, 16, 3e-3, 0.05, 0.1, 50, 4),
+    # 10 minutes a run on one core of an AMD EPYC, on the 10,000 pictures of 20 classes of Tiny-ImageNet.
+    "cpu": Size(64, 8, 128, 6, 4, 2, 8, 64, 1.5e-3, 0.05, 0.1, 200, 2),
+    # A ViT-S. Written where there was no GPU: no run has been made of it.
+    "gpu": Size(64, 8, 384, 12, 6, 4, 200, 256, 1e-3, 0.05, 0.1, 450, 30),
+}
+
+
+class ColourTeacher(nn.Module):
+    """Parts without a model: the default cut, of the cosines of the patches' mean colours, less their mean."""
+
+    def __init__(self, patch: int, epochs: float) -> None:
+        super().__init__()
+        self.patch, self.epochs, self.partitioner = patch, epochs, GraphCutPartitioner()
+
+    def set_epoch(self, epoch: float) -> None:
+        self.num_parts = num_parts_at(epoch, self.epochs, *NUM_PARTS)
+
+    def update(self, model: nn.Module) -> None:
+        """There is nothing to update."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = avg_pool2d(images, self.patch).flatten(2).mT
+        x = normalize(x - x.mean(1, keepdim=True), dim=2)
+        return self.partitioner(x @ x.mT, self.num_parts, images=images)
+
+
+def taught(encoder: nn.Module, epochs: float, partitioner: Any = GraphCutPartitioner, **options: Any) -> PartTeacher:
+    """A moving average of the encoder that trains; the defaults of the library but for the decay."""
+    return PartTeacher(encoder, partitioner(), total_epochs=epochs, decay=DECAY, **{"num_parts": NUM_PARTS, **options})
+
+
+def by_colour(encoder: nn.Module, epochs: float) -> ColourTeacher:
+    return ColourTeacher(encoder.patch_embed.patch_size[0], epochs)
+
+
+def from_patches(encoder: nn.Module, epochs: float) -> PartTeacher:
+    """As many parts as patches at first."""
+    return taught(encoder, epochs, num_parts=(encoder.patch_embed.num_patches, NUM_PARTS[1]))
+
+
+class Method(NamedTuple):
+    """How masks are drawn."""
+
+    masking: Callable[[float], Masking]
+    """From the length of training, in epochs."""
+    teacher: Callable[[nn.Module, float], PartTeacher | ColourTeacher] | None = None
+    """From the encoder and the length of training, for masks that need parts."""
+    longer: float = 1.0
+    """How many times the epochs of the others, to compare at equal time."""
+
+
+BASELINE = "random"
+MASKS = {
+    BASELINE: Method(lambda epochs: Random()),
+    "grid": Method(lambda epochs: GridMask()),
+    "block": Method(lambda epochs: BlockMask()),
+    "part": Method(lambda epochs: PartMask(), taught),
+    "grid to block": Method(lambda epochs: EvolvingMask(epochs, end=BlockMask())),
+    "grid to part": Method(EvolvingMask, taught),  # the library's defaults: tokens, edges from contrast
+    "grid to part, EM": Method(EvolvingMask, partial(taught, partitioner=EMPartitioner, layers=None)),  # as released
+    "grid to part, all layers": Method(EvolvingMask, partial(taught, layers=None)),
+    "grid to part, colours": Method(EvolvingMask, by_colour),
+    "random to part": Method(lambda epochs: EvolvingMask(epochs, start=Random()), taught),
+    "part to random": Method(lambda epochs: EvolvingMask(epochs, start=PartMask(), end=Random()), taught),
+    "patches to part": Method(lambda epochs: PartMask(), from_patches),  # no grid
+    "random, longer": Method(lambda epochs: Random(), longer=1.4),  # about the time of grid to part
+}
+
+
+def file_name(mask: str, seed: int) -> str:
+    return f"{mask.replace(',', '').replace(' ', '-').lower()}-{seed}"
+
+
+class Run:
+    """All that a run changes, so that one checkpoint holds it.
+
+    Each epoch starts random numbers anew from the seed and its number, so that an epoch that was cut off is the same
+    when it is done again. Pictures and crops have a generator of their own: with one seed, all masks have the same
+    initial weights and the same batches.
+    """
+
+    def __init__(self, mask: str, seed: int, size: Size, data: Data, device: str) -> None:
+        method = MASKS[mask]
+        self.mask, self.seed, self.size, self.data, self.device = mask, seed, size, data, device
+        self.epochs = num_epochs(mask, size)
+        torch.manual_seed(stream(seed, INITIAL))
+        shape = (size.image, size.patch, size.width, size.depth, size.heads, size.decoder_depth)
+        self.model = MaskedAutoencoder(method.masking(self.epochs), *shape).to(device)
+        self.teacher = None if method.teacher is None else method.teacher(self.model.encoder, self.epochs).to(device)
+        groups = param_groups_weight_decay(self.model, size.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, size.lr, betas=(0.9, 0.95))
+        self.epoch, self.seconds, self.processor_seconds = 0, 0.0, 0.0
+        self.losses: list[float] = []
+        self.curve: list[dict[str, Any]] = []
+        self.commits: list[str] = []
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the figures depend on, beside mask and seed."""
+        teacher = self.teacher and {
+            "partitioner": str(self.teacher.partitioner),
+            "num_parts": getattr(self.teacher, "part_range", NUM_PARTS),
+            "reads": (self.teacher.layers or "all layers") if isinstance(self.teacher, PartTeacher) else "colours",
+            "decay": DECAY if isinstance(self.teacher, PartTeacher) else None,
+        }
+        found = {
+            "masking": " ".join(str(self.model.masking).split()),
+            "teacher": teacher,
+            "mask_ratio": MASK_RATIO,
+            "epochs": self.epochs,
+            "points": POINTS,
+            "size": asdict(self.size),
+            "probes": SETTINGS,
+            "crops": {"area": AREA, "aspect": ASPECT},
+            "held_out": HELD_OUT,
+            "pictures": {"train": len(self.data.train.images), "val": len(self.data.val.images)},
+            "fingerprint": self.data.fingerprint,
+        }
+        return json.loads(json.dumps(found))
+
+    @property
+    def points(self) -> list[int]:
+        """In epochs that are done."""
+        return [max(1, round(point * self.epochs)) for point in POINTS]
+
+    def train_epoch(self) -> None:
+        steps, losses = max(1, len(self.data.train.images) // self.size.batch), []
+        every = self.epochs * steps
+        warm_up = round(self.size.warm_up * every)
+        schedule = CosineLRScheduler(self.optimizer, every, warmup_t=warm_up, t_in_epochs=False)
+        torch.manual_seed(stream(self.seed, TRAINING, self.epoch))
+        generator = torch.Generator().manual_seed(stream(self.seed, DATA, self.epoch))
+        began, processor = time.perf_counter(), time.process_time()
+        pictures = batches(self.data.train.images, self.size.batch, generator, self.device)
+        for step, (_, images) in enumerate(pictures):
+            schedule.step_update(self.epoch * steps + step)
+            losses.append(self.step(images, self.epoch + step / steps))
+        loss = float(torch.stack(losses).mean())  # waits for the device
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{self.mask}, seed {self.seed}: the loss of epoch {self.epoch} is {loss}")
+        self.seconds += time.perf_counter() - began
+        self.processor_seconds += time.process_time() - processor
+        self.losses.append(loss)
+        self.epoch += 1
+
+    def step(self, images: Tensor, epoch: float) -> Tensor:
+        masking, parts = self.model.masking, None
+        if isinstance(masking, EvolvingMask):
+            masking.set_epoch(epoch)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+            if self.teacher is not None:
+                self.teacher.set_epoch(epoch)
+                parts = self.teacher(images) if masking.needs_parts else None
+            loss = self.model(images, MASK_RATIO, parts)[0]
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        if self.teacher is not None:
+            self.teacher.update(self.model.encoder)
+        return loss.detach()
+
+    def measure(self) -> None:
+        row = {"epoch": self.epoch, "seconds": self.seconds, "processor_seconds": self.processor_seconds}
+        row["training_loss"] = self.losses[-1]
+        fit, val = self.data.fit, self.data.val
+        row |= measure(self.model, fit, val, MASK_RATIO)
+        if self.epoch == self.epochs:
+            seed = stream(self.seed, FINE_TUNING)
+            row["fine_tuned"] = fine_tune(self.model.encoder, fit, val, self.size.fine_tune_epochs, seed)
+        self.curve.append(row)
+
+    @property
+    def due(self) -> bool:
+        """Whether a point of training was reached and has not been measured."""
+        return self.epoch in self.points and all(row["epoch"] != self.epoch for row in self.curve)
+
+    def go_on(self, checkpoint: Path, after_epoch: Callable[[Run], None] = lambda run: None) -> dict[str, Any]:
+        """From the checkpoint, or from the start where there is none, to the end; what is written of it."""
+        if checkpoint.exists():
+            self.load(checkpoint)
+        if COMMIT not in self.commits:
+            self.commits.append(COMMIT)
+        while self.due or self.epoch < self.epochs:
+            if self.due:
+                self.measure()
+            else:
+                self.train_epoch()
+                after_epoch(self)
+            self.save(checkpoint)
+        kept = ("mask", "seed", "commits", "settings", "seconds", "processor_seconds", "losses", "curve")
+        return {name: getattr(self, name) for name in kept}
+
+    def save(self, path: Path) -> None:
+        """Write the whole checkpoint or nothing: a run that is stopped here still has the one before."""
+        names = ("epoch", "seconds", "processor_seconds", "losses", "curve", "commits", "settings")
+        state = {name: getattr(self, name) for name in names}
+        state |= {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
+        state["teacher"] = self.teacher and self.teacher.state_dict()
+        torch.save(state, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.check(state["settings"], path)
+        for name in ("epoch", "seconds", "processor_seconds", "losses", "curve", "commits"):
+            setattr(self, name, state[name])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.teacher is not None:
+            self.teacher.load_state_dict(state["teacher"])
+
+    def check(self, settings: dict[str, Any], path: Path) -> None:
+        """Refuse a file of other settings."""
+        for name, value in self.settings.items():
+            if settings[name] != value:
+                raise SystemExit(
+                    f"{path} was made with {name} {settings[name]}, not {value}: move it away, or name other folders "
+                    "with --out and --runs"
+                )
+
+
+def num_epochs(mask: str, size: Size) -> int:
+    return round(size.epochs * MASKS[mask].longer)
+
+
+def stream(seed: int, *place: int) -> int:
+    """A seed for each use of random numbers."""
+    return int(np.random.SeedSequence([seed, *place]).generate_state(1)[0])
+
+
+def read_encoder(checkpoint: Path, size: Size) -> tuple[nn.Module, int]:
+    """The encoder of a checkpoint, and how many epochs it was trained for."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    shape = (size.image, size.patch, size.width, size.depth, size.heads, size.decoder_depth)
+    model = MaskedAutoencoder(Random(), *shape)
+    model.load_state_dict({name: value for name, value in state["model"].items() if not name.startswith("masking.")})
+    return model.encoder, state["epoch"]
+
+
+def write(result: dict[str, Any], path: Path, machine: str, device: str) -> None:
+    """A finished run, whole or not at all."""
+    result = {"machine": machine, "device": device, "versions": common.versions(), **result}
+    path.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)

@@ -1,0 +1,347 @@
+"""The study of pretraining: a run that was stopped ends like one that was not, and a mask that cheats is found out."""
+
+import json
+from dataclasses import replace
+
+import mask_runs
+import numpy as np
+import pretraining
+import pytest
+import torch
+from mask_runs import MASKS, SIZES, Method, Run, file_name
+from pictures import Data, augment, normalised, patches_in
+from PIL import Image
+from test_pretrain import equal
+
+from maskevolve import RandomMask
+from maskevolve.functional import MaskedPatches
+
+CI = SIZES["ci"]
+CLASSES, TRAIN, VAL = 3, 20, 6
+TIMES = {"seconds", "processor_seconds"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures of a square of the colour of their class on a ground of noise."""
+    folder, rng, rows = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0), ["path,class,x0,y0,x1,y1"]
+    for split, number in (("train", TRAIN), ("val", VAL)):
+        for label in range(CLASSES):
+            (folder / split / f"c{label}").mkdir(parents=True)
+            for index in range(number):
+                pixels = rng.integers(0, 120, (32, 32, 3), dtype=np.uint8)
+                x, y = rng.integers(0, 16, 2)
+                pixels[y : y + 16, x : x + 16, label] = 250
+                path = f"{split}/c{label}/{index:02}.png"
+                Image.fromarray(pixels).save(folder / path)
+                rows.append(f'{path},"a, b",{x},{y},{x + 15},{y + 15}')
+    (folder / "boxes.csv").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    return Data.read(folder, CI.image, CI.patch, CI.labelled)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def work(path, data, jobs=(("grid to part", 3),)):
+    pretraining.work(0, list(jobs), "ci", data, "cpu", "this one", make(path / "out"), make(path / "runs"))
+    return [json.loads((path / "out" / f"{file_name(*job)}.json").read_text()) for job in jobs]
+
+
+def make(path):
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def figures(result):
+    """Without what differs between two runs of the same: times."""
+    if isinstance(result, dict):
+        return {key: figures(value) for key, value in result.items() if key not in TIMES}
+    return [figures(value) for value in result] if isinstance(result, list) else result
+
+
+STOPS = {
+    "in an epoch": (mask_runs.Run, "step"),
+    "in a measure": (mask_runs, "measure"),
+    "in fine-tuning": (mask_runs, "fine_tune"),
+    "while a checkpoint is written": (torch, "save"),
+    "before it takes the place of the last": (mask_runs.os, "replace"),
+    "when it is finished": (pretraining, "write"),
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "calls"),
+    [
+        ("in an epoch", 1),
+        ("in an epoch", 8),
+        ("in a measure", 2),
+        ("in fine-tuning", 1),
+        ("while a checkpoint is written", 4),
+        ("before it takes the place of the last", 7),
+        ("when it is finished", 1),
+    ],
+)
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(whole, tmp_path, monkeypatch, data, where, calls):
+    owner, name = STOPS[where]
+    function, called = getattr(owner, name), []
+
+    def stop(*args, **kwargs):
+        called.append(1)
+        if len(called) == calls:
+            if name == "save":
+                args[1].write_bytes(b"half of it")
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, stop)
+    with pytest.raises(KeyboardInterrupt):
+        work(tmp_path, data)
+    monkeypatch.undo()
+    (result,) = work(tmp_path, data)
+    assert figures(result) == figures(whole)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data):
+    torch.set_num_threads(1)
+    return work(tmp_path_factory.mktemp("whole"), data)[0]
+
+
+def test_what_is_written_says_how_it_came_about(whole):
+    assert [row["epoch"] for row in whole["curve"]] == [1, 2, 4]
+    assert all({"linear", "knn", "segmentation", "fixed_loss", "training_loss"} <= row.keys() for row in whole["curve"])
+    assert 0 <= whole["curve"][-1]["fine_tuned"] <= 1
+    assert whole["seconds"] > 0
+    assert {"versions", "commits", "seed", "machine"} <= whole.keys()
+    settings = whole["settings"]
+    assert settings["size"]["width"] == CI.width
+    assert settings["teacher"]["decay"] == 0.99
+    assert "PartMask" in settings["masking"]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_mask_trains(mask, data):
+    run = Run(mask, 0, replace(CI, epochs=2), data, "cpu")
+    while run.epoch < run.epochs:
+        run.train_epoch()
+    assert np.isfinite(run.losses).all()
+    assert run.epochs == (3 if mask == "random, longer" else 2)
+    assert run.settings["teacher"] is None or run.settings["teacher"]["num_parts"][1] == 10
+
+
+def test_masks_of_a_seed_share_weights_and_batches(monkeypatch, data):
+    def begin(mask, seed):
+        run, seen = Run(mask, seed, replace(CI, epochs=1), data, "cpu"), []
+        start = run.model.state_dict()["encoder.cls_token"].clone(), run.model.decoder_pred.weight.clone()
+        monkeypatch.setattr(run, "step", lambda images, epoch: seen.append(images) or images.mean())
+        run.train_epoch()
+        return [*start, *seen]
+
+    random = begin("random", 0)
+    assert equal(random, begin("grid to part, EM", 0))
+    assert not equal(random, begin("random", 1))
+
+
+def test_epochs_draw_other_masks_and_batches(monkeypatch, data):
+    run, seen = Run("random", 0, CI, data, "cpu"), []
+    monkeypatch.setattr(run, "step", lambda images, epoch: seen.append((images, torch.rand(1))) or images.mean())
+    run.train_epoch()
+    run.train_epoch()
+    first, second = seen[0], seen[len(seen) // 2]
+    assert not equal(first[0], second[0])
+    assert not equal(first[1], second[1])
+
+
+class Leak(RandomMask):
+    """Says that it removes patches, and shows them all."""
+
+    def forward(self, x, mask_ratio=0.75, **kwargs):
+        mask = super().forward(x, mask_ratio, **kwargs).mask
+        return MaskedPatches(x, mask, torch.arange(x.shape[1]).expand(len(x), -1))
+
+
+def test_a_mask_that_leaks_is_found_out_by_the_loss_on_fixed_masks(monkeypatch, data):
+    monkeypatch.setitem(MASKS, "leak", Method(lambda epochs: Leak()))
+
+    def last(mask):
+        run = Run(mask, 0, replace(CI, epochs=20), data, "cpu")
+        for _ in range(20):
+            run.train_epoch()
+        run.measure()
+        return run.curve[-1]
+
+    random, leak = last("random"), last("leak")
+    assert leak["training_loss"] < 0.9 * random["training_loss"], "by its own loss it is the best of masks"
+    assert leak["fixed_loss"] > 1.1 * random["fixed_loss"]
+
+
+def test_measures_change_nothing_and_repeat(data):
+    run = Run("random", 0, CI, data, "cpu")
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}, torch.get_rng_state()
+    masking = run.model.masking
+    run.epoch, run.losses = run.epochs, [1.0]
+    run.measure()
+    run.measure()
+    assert run.curve[0] == run.curve[1]
+    assert equal(before, (dict(run.model.state_dict()), torch.get_rng_state()))
+    assert run.model.masking is masking
+    assert run.model.training
+    assert run.model.encoder.training
+
+
+def test_probes_find_what_is_there(whole):
+    """Colours are plain to see, even for an encoder that has barely learned."""
+    last = whole["curve"][-1]
+    assert min(last["linear"], last["knn"]) > 0.8
+    assert last["segmentation"] > 0.6
+
+
+def test_probes_never_learn_from_what_is_held_out_or_reported(data):
+    held = max(1, round(0.1 * TRAIN))
+    assert len(data.fit.images) == CLASSES * (TRAIN - held)
+    assert len(data.held_out.images) == CLASSES * held
+    assert len(data.train.images) == CLASSES * TRAIN
+    pictures = [{image.numpy().tobytes() for image in part.images} for part in (data.fit, data.held_out, data.val)]
+    assert len(set.union(*pictures)) == sum(map(len, pictures)) == CLASSES * (TRAIN + VAL)
+
+
+def test_without_boxes_there_is_no_segmentation(tmp_path, folder, capsys):
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(folder / split)
+    data = Data.read(tmp_path, CI.image, CI.patch, 7)
+    assert "segmentation probe is left out" in capsys.readouterr().out
+    assert len(data.fit.images) == CLASSES * 7
+    run = Run("random", 0, replace(CI, epochs=1), data, "cpu")
+    run.train_epoch()
+    run.measure()
+    assert run.curve[-1]["segmentation"] is None
+    (tmp_path / "boxes.csv").write_text("path,x0,y0,x1,y1\n")
+    with pytest.raises(SystemExit, match=r"no row for train/c0/00\.png"):
+        Data.read(tmp_path, CI.image, CI.patch, 5)
+
+
+def test_patches_in_a_box_by_hand():
+    assert patches_in((0.4, 1.0, 2.6, 3.0), 4).view(4, 4).int().tolist() == [
+        [0, 0, 0, 0],
+        [1, 1, 1, 0],
+        [1, 1, 1, 0],
+        [0, 0, 0, 0],
+    ]
+    assert not patches_in((0.5, 0.0, 1.5, 1.0), 4).any(), "half is not more than half"
+
+
+def test_boxes_follow_pictures_that_are_no_squares(tmp_path):
+    for split in ("train", "val"):
+        make(tmp_path / split / "a")
+        for index in range(2):
+            Image.new("RGB", (128, 64)).save(tmp_path / split / "a" / f"{index}.png")
+    rows = [f"{split}/a/{index}.png,32,0,63,31" for split in ("train", "val") for index in range(2)]
+    (tmp_path / "boxes.csv").write_text("\n".join(["path,x0,y0,x1,y1", *rows]))
+    objects = Data.read(tmp_path, 32, 8, 5).val.objects
+    assert objects[0].view(4, 4).int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_crops_lie_in_the_picture_and_differ(data):
+    ramp = torch.arange(32, dtype=torch.uint8).expand(200, 3, 32, 32)
+    images = augment(ramp, torch.Generator().manual_seed(0))
+    least, most = normalised(ramp).flatten(2).min(2).values, normalised(ramp).flatten(2).max(2).values
+    assert bool((images.flatten(2).min(2).values >= least - 1e-5).all())
+    assert bool((images.flatten(2).max(2).values <= most + 1e-5).all())
+    slope = images[:, 0, 16].diff(dim=1).mean(1)
+    assert 0.3 < float((slope < 0).float().mean()) < 0.7, "half are flipped"
+    assert len(slope.unique()) > 150
+    assert bool((images[:, 0, 16].diff(dim=1) != 0).all()), "no crop reaches beyond the picture"
+
+
+def test_workers_share_the_runs_and_a_second_command_makes_none_again(tmp_path, folder, capsys):
+    options = ["--data", folder, "--size", "ci", "--device", "cpu", "--masks", "random", "grid to block"]
+    options += ["--seeds", 0, 1, "--workers", 2, "--out", tmp_path / "out", "--runs", tmp_path / "runs"]
+    pretraining.main([str(option) for option in options])
+    names = [f"{mask}-{seed}.json" for mask in ("grid-to-block", "random") for seed in (0, 1)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    times = [(tmp_path / "out" / name).stat().st_mtime_ns for name in names]
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["seeds"] for row in rows] == [2, 2]
+    with Image.open(tmp_path / "out.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    data = Data.read(folder, CI.image, CI.patch, CI.labelled)
+    work(tmp_path, data, [("random", 0), ("grid to block", 1)])
+    assert times == [(tmp_path / "out" / name).stat().st_mtime_ns for name in names]
+
+
+def test_a_run_that_another_process_makes_is_left_to_it(tmp_path, data):
+    with pretraining.locked(tmp_path / "runs/random-0") as ours:
+        assert ours
+        pretraining.work(0, [("random", 0)], "ci", data, "cpu", "", make(tmp_path / "out"), tmp_path / "runs")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_files_of_other_settings_are_refused(tmp_path, data, monkeypatch):
+    work(tmp_path, data, [("random", 0)])
+    monkeypatch.setattr(mask_runs, "MASK_RATIO", 0.5)
+    with pytest.raises(SystemExit, match=r"random-0\.json was made with mask_ratio 0\.75, not 0\.5: move it away"):
+        work(tmp_path, data, [("random", 0)])
+    (tmp_path / "out/random-0.json").unlink()
+    with pytest.raises(SystemExit, match=r"state\.pt was made with mask_ratio 0\.75, not 0\.5"):
+        work(tmp_path, data, [("random", 0)])
+
+
+def test_a_loss_that_is_no_number_stops_its_run_and_no_other(tmp_path, data, monkeypatch):
+    step = Run.step
+    spoil = {"random": float("nan"), "block": 1.0}
+    monkeypatch.setattr(Run, "step", lambda run, *args: step(run, *args) * spoil[run.mask])
+    with pytest.raises(SystemExit, match="random, seed 5: the loss of epoch 0 is nan"):
+        work(tmp_path, data, [("random", 5), ("block", 5)])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["block-5.json"]
+
+
+def finished(mask, seed, value, seconds=1.0, **settings):
+    row = {"epoch": 4, "fine_tuned": value, "linear": value, "knn": value, "segmentation": None, "fixed_loss": value}
+    same = dict.fromkeys(("size", "mask_ratio", "points", "probes", "pictures", "fingerprint"), 0) | {"epochs": 4}
+    times = {"seconds": 2 * seconds, "processor_seconds": seconds}
+    where = {"machine": "this one", "device": "cpu"}
+    return {"mask": mask, "seed": seed, **where, **times, "settings": same | settings, "curve": [row]}
+
+
+def write_all(folder, runs):
+    make(folder)
+    for run in runs:
+        (folder / f"{file_name(run['mask'], run['seed'])}.json").write_text(json.dumps(run))
+
+
+def test_differences_are_paired_by_seed(tmp_path, capsys):
+    """By hand: .01, .02 and .03 have the standard error .01 / sqrt(3), and t of 2 degrees of freedom is 4.3027."""
+    random = [finished("random", seed, value) for seed, value in ((0, 0.1), (1, 0.5), (2, 0.3), (9, 0.9))]
+    block = [finished("block", seed, value, 3.0) for seed, value in ((0, 0.11), (1, 0.52), (2, 0.33), (7, 0.0))]
+    write_all(tmp_path / "study", [*random, *block, finished("grid", 1, 0.4)])
+    pretraining.report(tmp_path / "study")
+    rows = {row["name"]: row for row in json.loads((tmp_path / "study.json").read_text())["rows"]}
+    row, half = rows["block"], 4.302653 * 0.01 / 3**0.5
+    assert (row["seeds"], row["pairs"]) == (4, 3)
+    assert row["time"] == pytest.approx(3)
+    assert row["linear"] == pytest.approx((0.11 + 0.52 + 0.33) / 4)
+    assert row["linear_difference"] == pytest.approx([0.02, 0.02 - half, 0.02 + half], abs=1e-6)
+    assert rows["grid"]["linear_difference"] == [pytest.approx(-0.1), None, None], "one pair has no interval"
+    assert rows["random"]["segmentation"] is row["segmentation_difference"] is None
+    assert rows["random"]["linear_difference"] is None
+    printed = capsys.readouterr().out
+    assert "+0.020 (-0.005 to +0.045)" in printed
+    assert "0.400; -0.100  " in printed
+
+
+def test_runs_of_different_settings_are_not_averaged(tmp_path):
+    write_all(tmp_path / "study", [finished("random", 0, 0.1), finished("random", 1, 0.1, mask_ratio=0.5)])
+    with pytest.raises(SystemExit, match="more than one mask_ratio"):
+        pretraining.report(tmp_path / "study")
+    with pytest.raises(SystemExit, match="holds no finished run"):
+        pretraining.report(tmp_path)
