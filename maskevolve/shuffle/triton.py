@@ -1,6 +1,6 @@
 """The mask in one Triton kernel (draws, scores, ties, sort, inverse), and the copy of the visible patches.
 
-To the bit what `shuffle.py` does in plain torch. Importing this file imports Triton; `shuffle.py` does so on CUDA only.
+To the bit what `torch.py` does.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["shuffle", "take"]
+from . import Blend, GroupDraws, Scores
 
 GAMMA = tl.constexpr(0x9E3779B1)
 FIRST = tl.constexpr(-0x40A7B892E31B1A47)
@@ -130,37 +130,23 @@ def _(x, ids):
     return x.new_empty(*ids.shape, x.shape[2])
 
 
-def shuffle(
-    start: Tensor, start_key: Tensor | None, end: Tensor | None, end_key: Tensor | None, alpha: Tensor | None,
-    tie_key: Tensor, num_patches: int, keep: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Order the patches of every image: see `shuffle.shuffle`.
-
-    Args:
-        start: [B, N] float32 scores; or [1 or B, N] integer groups, with `start_key`.
-        start_key: [B] int64, or None.
-        end: as `start`; None for no blend.
-        end_key: [B] int64, or None.
-        alpha: 0-d float32, weight of the end; None for no blend.
-        tie_key: [B] int64.
-        num_patches: N.
-        keep: number of patches that stay.
-
-    Returns:
-        ids_keep [B, N_keep] int64, ids_restore [B, N] int64, mask [B, N] float32.
-    """
+def shuffle(scores: Scores, tie_key: Tensor, num_patches: int, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `shuffle.shuffle`."""
     run = _shuffle_op if torch.compiler.is_compiling() else _shuffle
-    return run(start, start_key, end, end_key, alpha, tie_key, num_patches, keep)
+    return run(*_operands(scores), tie_key, num_patches, keep)
 
 
-def take(x: Tensor, ids: Tensor) -> Tensor:
-    """out[b, i] = x[b, ids[b, i]], or 0 where ids is past the end of x.
-
-    Args:
-        x: [B, N, D] of any dtype.
-        ids: [B, K] int64 >= 0.
-
-    Returns:
-        [B, K, D].
-    """
+def take(x: Tensor, ids: Tensor, inverse: Tensor) -> Tensor:
+    """See `torch.take`; x may be of any dtype."""
     return _take_op(x, ids) if torch.compiler.is_compiling() else _take(x, ids)
+
+
+def _operands(scores: Scores) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """A recipe as the kernel takes it: start, its key, end, its key, alpha."""
+    if not isinstance(scores, Blend):
+        return *_values_and_key(scores), None, None, None
+    return *_values_and_key(scores.start), *_values_and_key(scores.end), scores.alpha
+
+
+def _values_and_key(scores: Tensor | GroupDraws) -> tuple[Tensor, Tensor | None]:
+    return (scores.groups, scores.key) if isinstance(scores, GroupDraws) else (scores, None)

@@ -1,0 +1,124 @@
+"""One sort a mask: scores to the order of the patches, and the visible patches out of it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+# Not `import torch`: in this package that name is the file beside this one.
+from torch import Generator, Tensor, device, randint
+from torch.autograd import Function
+
+__all__ = ["Blend", "GroupDraws", "Scores", "compute_scores", "random_bits", "random_key", "shuffle", "take"]
+
+HAS_TRITON = find_spec("triton") is not None
+MOST_PATCHES = 4096  # that one program sorts
+
+
+class GroupDraws(NamedTuple):
+    """A recipe for scores: one uniform draw for each group of patches. Patches of a group have the same score."""
+
+    key: Tensor
+    """[B] int64: random, of each image."""
+    groups: Tensor
+    """[1 or B, N] of any integer type: the group of each patch."""
+
+
+class Blend(NamedTuple):
+    """A recipe for scores: ``(1 - alpha) * start + alpha * end``, the aggregation of Algorithm 1."""
+
+    start: Tensor | GroupDraws
+    end: Tensor | GroupDraws
+    alpha: Tensor
+    """0-d float32 in [0, 1]."""
+
+
+Scores = Tensor | GroupDraws | Blend
+"""[B, N] float32 in [0, 1], or the recipe for them, which a kernel follows where it sorts."""
+
+
+def random_key(batch_size: int, on: device | str | None, generator: Generator | None) -> Tensor:
+    """[B] int64: from which all draws of a kind, for an image, are hashed."""
+    return randint(1 << 62, (batch_size,), device=on, generator=generator)
+
+
+def random_bits(key: Tensor, counter: Tensor) -> Tensor:
+    """64 random bits for each pair of a key [B] and a counter [N] or [B, N]: SplitMix64, as in `triton.py`."""
+    bits = key[:, None] + counter * 0x9E3779B1  # 32 bits: a compiler may fold it into indices, which must not overflow
+    bits = (bits ^ (bits >> 30)) * -0x40A7B892E31B1A47
+    bits = (bits ^ (bits >> 27)) * -0x6B2FB644ECCEEE15
+    return bits ^ (bits >> 31)
+
+
+def compute_scores(scores: Scores) -> Tensor:
+    """Follow a recipe.
+
+    Returns:
+        Scores [B, N] float32 in [0, 1].
+
+    Example:
+        >>> import torch
+        >>> compute_scores(Blend(torch.zeros(1, 2), torch.ones(1, 2), torch.tensor(0.25)))
+        tensor([[0.2500, 0.2500]])
+    """
+    if isinstance(scores, Blend):
+        return (1 - scores.alpha) * compute_scores(scores.start) + scores.alpha * compute_scores(scores.end)
+    if isinstance(scores, GroupDraws):
+        # A hash of the group, not a table of draws: a table needs to know the largest label.
+        return (random_bits(scores.key, scores.groups.long()) >> 32 & 0xFFFFFF).float() / (1 << 24)
+    return scores
+
+
+def shuffle(scores: Scores, tie_key: Tensor, num_patches: int, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Order the patches by their scores, ties at random: by one kernel on a GPU with Triton, else in plain torch.
+
+    Args:
+        scores: [B, N] or a recipe.
+        tie_key: [B] int64, see `random_key`.
+        num_patches: N.
+        keep: number of patches that stay, those with the lowest scores.
+
+    Returns:
+        ids_keep [B, N_keep] int64, ids_restore [B, N] int64, mask [B, N] float32.
+    """
+    if _fused(tie_key) and num_patches <= MOST_PATCHES:
+        from .triton import shuffle as run
+    else:
+        from .torch import shuffle as run
+    return run(scores, tie_key, num_patches, keep)
+
+
+def take(x: Tensor, ids_keep: Tensor, ids_restore: Tensor) -> Tensor:
+    """The patches that stay, [B, N_keep, D].
+
+    Every patch is taken at most once, so the gradient is a copy, too: no atomics, and the same bits every time.
+
+    Args:
+        x: [B, N, D].
+        ids_keep: [B, N_keep] int64.
+        ids_restore: [B, N] int64, its inverse: the place of each patch, N_keep or more for those that are left.
+    """
+    visible: Tensor = _Take.apply(x, ids_keep, ids_restore)
+    return visible
+
+
+class _Take(Function):
+    """out[b, i] = x[b, ids[b, i]], or 0 where ids is past the end of x; inverse[b, ids[b, i]] = i."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ids: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(ids, inverse)
+        if _fused(x):
+            from .triton import take as run
+        else:
+            from .torch import take as run
+        return run(x, ids, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ids, inverse = ctx.saved_tensors
+        return _Take.apply(grad, inverse, ids), None, None
+
+
+def _fused(tensor: Tensor) -> bool:
+    return HAS_TRITON and tensor.device.type == "cuda"
