@@ -1,13 +1,16 @@
 """The mask in one kernel, in Triton's interpreter: to the bit what plain torch does."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_masks import MASKS, halfway, random_parts, seeded
+from test_masks import MASKS, Own, halfway, random_parts, seeded
 
 from maskevolve import BlockMask, EvolvingMask, GridMask, PartMask, RandomMask, shuffle
 from maskevolve import functional as F
+from maskevolve.shuffle import torch as plain
 
 kernels = pytest.importorskip("maskevolve.shuffle.triton")
 
@@ -71,6 +74,34 @@ def test_sizes(num_patches):
     expected = shuffle.shuffle(scores, key, num_patches, keep)
     ours = kernels.shuffle(scores, key, num_patches, keep)
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+NAN = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, 2, -2, 0.0, -0.0])
+WIDE = {
+    "noise": torch.randn(2, 50, generator=seeded()) * 9,
+    "coarse": (torch.randn(2, 50, generator=seeded()) * 3).round(),
+    "one image wide": torch.stack([torch.linspace(-1.9, 1.9, 50).round(decimals=1), torch.linspace(-2, 9, 50)]),
+    "no numbers": NAN[torch.randint(8, (2, 50), generator=seeded())],
+}
+
+
+@pytest.mark.parametrize("scores", WIDE.values(), ids=WIDE.keys())
+def test_scores_of_any_range_have_the_same_bits(scores):
+    key = shuffle.random_key(2, None, seeded())
+    expected = plain.shuffle(scores, key, 50, 20)
+    assert all(torch.equal(a, b) for a, b in zip(kernels.shuffle(scores, key, 50, 20), expected, strict=True))
+    not_a_number = scores.isnan().sum(1, keepdim=True)
+    ids_restore = expected[1]
+    assert torch.equal(scores.isnan(), ids_restore >= 50 - not_a_number), "NaN is removed first"
+    ordered = scores.gather(1, ids_restore.argsort(1)).nan_to_num(math.inf, math.inf, -math.inf)
+    assert (ordered[:, 1:] >= ordered[:, :-1]).all()
+
+
+@pytest.mark.parametrize("scores", [WIDE["noise"], WIDE["noise"].double(), WIDE["coarse"].long()])
+def test_masks_of_ones_own_have_the_same_bits(scores):
+    for masking in (Own(scores), halfway(end=Own(scores)), halfway(start=Own(scores), end=BlockMask())):
+        for ours, expected in zip(*both_ways(masking, torch.randn(2, 5, 10, 3), 0.6), strict=True):
+            assert torch.equal(ours, expected)
 
 
 def test_larger_images_go_by_plain_torch(fused, monkeypatch):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from math import inf
 from typing import Any, NamedTuple
 
 # Not `import torch`: in this package that name is the file beside this one.
-from torch import Generator, Tensor, device, randint
+from torch import Generator, Tensor, device, float32, randint, where, zeros_like
 from torch.autograd import Function
+from torch.compiler import is_compiling
 
-__all__ = ["Blend", "GroupDraws", "Scores", "compute_scores", "random_bits", "random_key", "shuffle", "take"]
+__all__ = ["Blend", "GroupDraws", "Scores", "compute_scores", "follow", "random_bits", "random_key", "shuffle", "take"]
 
 HAS_TRITON = find_spec("triton") is not None
 MOST_PATCHES = 4096  # that one program sorts
@@ -34,7 +36,7 @@ class Blend(NamedTuple):
 
 
 Scores = Tensor | GroupDraws | Blend
-"""[B, N] float32 in [0, 1], or the recipe for them, which a kernel follows where it sorts."""
+"""[B, N] of any real type, or the recipe for them, which a kernel follows where it sorts."""
 
 
 def random_key(batch_size: int, on: device | str | None, generator: Generator | None) -> Tensor:
@@ -51,29 +53,85 @@ def random_bits(key: Tensor, counter: Tensor) -> Tensor:
 
 
 def compute_scores(scores: Scores) -> Tensor:
-    """Follow a recipe.
+    """Follow a recipe, or bring scores to [0, 1].
+
+    In each image whose scores leave [0, 1], alone or as an end of a blend, the distinct scores are spread evenly over
+    [0, 1], in their order; a single one becomes 0.
 
     Returns:
         Scores [B, N] float32 in [0, 1].
+
+    Raises:
+        ValueError: where scores are NaN (on the CPU; elsewhere they count as the highest) or complex.
 
     Example:
         >>> import torch
         >>> compute_scores(Blend(torch.zeros(1, 2), torch.ones(1, 2), torch.tensor(0.25)))
         tensor([[0.2500, 0.2500]])
+        >>> compute_scores(torch.tensor([[40, -3, 7]]))
+        tensor([[1.0000, 0.0000, 0.5000]])
     """
+    return _unit(scores) if isinstance(scores, Tensor) else follow(_prepare(scores))
+
+
+def follow(scores: Scores) -> Tensor:
+    """The scores [B, N] float32 that a recipe stands for; its tensors are float32."""
     if isinstance(scores, Blend):
-        return (1 - scores.alpha) * compute_scores(scores.start) + scores.alpha * compute_scores(scores.end)
+        return (1 - scores.alpha) * follow(scores.start) + scores.alpha * follow(scores.end)
     if isinstance(scores, GroupDraws):
         # A hash of the group, not a table of draws: a table needs to know the largest label.
-        return (random_bits(scores.key, scores.groups.long()) >> 32 & 0xFFFFFF).float() / (1 << 24)
+        return (random_bits(scores.key, scores.groups.long()) >> 32 & 0xFFFFFF).float() * 2.0**-24
     return scores
+
+
+def _prepare(scores: Scores) -> Scores:
+    """The same order of the patches by float32: ends of a blend in [0, 1], a tensor alone in any range."""
+    if isinstance(scores, Blend):
+        start, end = (_unit(part) if isinstance(part, Tensor) else part for part in scores[:2])
+        return Blend(start, end, scores.alpha)
+    if isinstance(scores, Tensor):
+        _check(scores)
+        return scores.float() if scores.dtype == float32 or scores.element_size() <= 2 else _ranks(scores)
+    return scores
+
+
+def _unit(scores: Tensor) -> Tensor:
+    """Scores to float32 in [0, 1]: see `compute_scores`."""
+    _check(scores)
+    inside = (scores.amin(1, keepdim=True) >= 0) & (scores.amax(1, keepdim=True) <= 1)
+    if _is_seen(scores) and bool(inside.all()):
+        return scores.float()
+    ranks = _ranks(scores)
+    return where(inside, scores.float(), ranks / ranks.amax(1, keepdim=True).clamp(min=1))
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """[B, N] float32: how many distinct scores of the image are lower. NaN counts as the highest."""
+    values, patches = scores.nan_to_num(inf, inf, -inf).sort(1)
+    steps = (values[:, 1:] != values[:, :-1]).cumsum(1)
+    return zeros_like(patches).scatter_(1, patches[:, 1:], steps).float()
+
+
+def _check(scores: Tensor) -> None:
+    if scores.is_complex():
+        raise ValueError(f"scores has dtype {scores.dtype}, but must be of a real type")
+    if _is_seen(scores) and bool(scores.isnan().any()):
+        raise ValueError(
+            f"{int(scores.isnan().sum())} of {scores.numel()} scores are NaN: look for what made them, such as a "
+            "division by zero or a model that has diverged"
+        )
+
+
+def _is_seen(scores: Tensor) -> bool:
+    """Whether values can be looked at without a wait for a device."""
+    return scores.device.type == "cpu" and not is_compiling()
 
 
 def shuffle(scores: Scores, tie_key: Tensor, num_patches: int, keep: int) -> tuple[Tensor, Tensor, Tensor]:
     """Order the patches by their scores, ties at random: by one kernel on a GPU with Triton, else in plain torch.
 
     Args:
-        scores: [B, N] or a recipe.
+        scores: [B, N] of any real type and range, or a recipe.
         tie_key: [B] int64, see `random_key`.
         num_patches: N.
         keep: number of patches that stay, those with the lowest scores.
@@ -85,7 +143,7 @@ def shuffle(scores: Scores, tie_key: Tensor, num_patches: int, keep: int) -> tup
         from .triton import shuffle as run
     else:
         from .torch import shuffle as run
-    return run(scores, tie_key, num_patches, keep)
+    return run(_prepare(scores), tie_key, num_patches, keep)
 
 
 def take(x: Tensor, ids_keep: Tensor, ids_restore: Tensor) -> Tensor:

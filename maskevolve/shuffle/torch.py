@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Scores, compute_scores, random_bits
+from . import Scores, follow, random_bits
+
+INFINITY = 0x7F800000  # as bits
 
 
 def shuffle(scores: Scores, tie_key: Tensor, num_patches: int, keep: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -15,11 +17,14 @@ def shuffle(scores: Scores, tie_key: Tensor, num_patches: int, keep: int) -> tup
     index_bits = 1
     while 1 << index_bits < num_patches:  # torch.compile of torch 2.4 knows no int.bit_length
         index_bits += 1
-    # One integer a patch: the bits of floats in [0, 1], which order as the floats do, then random bits, then the patch
-    # itself. So the sorted integers are all that is needed.
-    bits = compute_scores(scores).clamp(0, 1).view(torch.int32).long()
+    # One integer a patch: bits that order as the scores do, then random bits, then the patch itself. So the sorted
+    # integers are all that is needed. Scores of 2 and more need one bit more, which their image's random bits give.
+    bits = follow(scores).view(torch.int32)
+    size = bits & 0x7FFFFFFF
+    order = torch.where((bits < 0) & (size <= INFINITY), -size, size).long()  # NaN last, whatever its sign
+    wide = (size >> 30).amax(1, keepdim=True).long()
     ties = random_bits(tie_key, patch) >> (31 + index_bits) & ((1 << (33 - index_bits)) - 1)
-    ids = _sort(bits << 33 | ties << index_bits | patch) & ((1 << index_bits) - 1)
+    ids = _sort(order << (33 - wide) | ties >> wide << index_bits | patch) & ((1 << index_bits) - 1)
     ids_restore = torch.empty_like(ids).scatter_(1, ids, patch.expand_as(ids))
     return ids[:, :keep], ids_restore, (ids_restore >= keep).float()
 

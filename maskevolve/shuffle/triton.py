@@ -16,6 +16,7 @@ GAMMA = tl.constexpr(0x9E3779B1)
 FIRST = tl.constexpr(-0x40A7B892E31B1A47)
 SECOND = tl.constexpr(-0x6B2FB644ECCEEE15)
 LAST = tl.constexpr((1 << 63) - 1)
+INFINITY = tl.constexpr(0x7F800000)  # as bits
 ROWS = 8  # that one program copies
 
 
@@ -34,7 +35,7 @@ def _scores(values, key, image, stride, patch, inside, KEYED: tl.constexpr):
     value = tl.load(values + image * stride + patch, mask=inside, other=0)
     if KEYED:
         bits = _hash(tl.load(key + image), value.to(tl.int64)) >> 32 & 0xFFFFFF
-        value = bits.to(tl.float32) / 16777216
+        value = bits.to(tl.float32) * (1 / 16777216)
     return value
 
 
@@ -51,9 +52,12 @@ def _shuffle_kernel(
     if BLEND:
         weight = tl.load(alpha)
         p = (1 - weight) * p + weight * _scores(end, end_key, image, end_stride, patch, inside, END_KEYED)
-    p = tl.minimum(tl.maximum(p, 0.0), 1.0)
+    bits = p.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    order = tl.where((bits < 0) & (size <= INFINITY), -size, size).to(tl.int64)
+    wide = tl.max(tl.where(inside, size >> 30, 0))
     ties = _hash(tl.load(tie_key + image), patch.to(tl.int64)) >> (31 + BITS) & ((1 << (33 - BITS)) - 1)
-    keys = p.to(tl.int32, bitcast=True).to(tl.int64) << 33 | ties << BITS | patch
+    keys = order << (33 - wide) | ties >> wide << BITS | patch
     ids = tl.sort(tl.where(inside, keys, LAST)) & ((1 << BITS) - 1)
     place = patch
     tl.store(ids_keep + image * keep + place, ids, mask=place < keep)
