@@ -1,18 +1,25 @@
 """The mask in one kernel, in Triton's interpreter: to the bit what plain torch does."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_masks import MASKS, Own, halfway, random_parts, seeded
+from test_mincut import random_grid
 
 from maskevolve import BlockMask, EvolvingMask, GridMask, PartMask, RandomMask, shuffle
 from maskevolve import functional as F
 from maskevolve.shuffle import torch as plain
 
 kernels = pytest.importorskip("maskevolve.shuffle.triton")
+mincut_kernels = pytest.importorskip("maskevolve.mincut.triton")
+twomeans_kernels = pytest.importorskip("maskevolve.twomeans.triton")
 
 
 @pytest.fixture
@@ -163,3 +170,93 @@ def test_scores_are_those_that_scores_returns(fused):
     mask = halfway()(torch.zeros(4, 36, 1), 0.5, parts=parts, generator=seeded()).mask.bool()
     assert all(image[removed].min() >= image[~removed].max() for image, removed in zip(p, mask, strict=True))
     assert F.compute_scores(p) is p
+
+
+# How every kernel is launched, whatever it does.
+
+LAUNCHERS = {
+    "_min_cut_kernel": (mincut_kernels, lambda: mincut_kernels.min_cut(*random_grid(3, 4, 9, 0, 0, batch_size=2))),
+    "_terminals_kernel": (twomeans_kernels, lambda: twomeans_kernels.TritonParts(torch.zeros(2, 9, 9)).terminals()),
+    "_split_kernel": (
+        twomeans_kernels,
+        lambda: twomeans_kernels.TritonParts(torch.zeros(2, 9, 9)).split(torch.zeros(2, 9, dtype=torch.bool)),
+    ),
+    "_shuffle_kernel": (
+        kernels,
+        lambda: kernels.shuffle(torch.zeros(2, 9), torch.zeros(2, dtype=torch.int64), 9, 3),
+    ),
+    "_take_kernel": (
+        kernels,
+        lambda: kernels.take(torch.zeros(2, 9, 3), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 9)),
+    ),
+}
+every_kernel = pytest.mark.parametrize(("name", "launcher"), LAUNCHERS.items(), ids=LAUNCHERS.keys())
+
+
+class Launched:
+    """In the place of a kernel: notes how it is launched."""
+
+    def __init__(self, monkeypatch, module, name):
+        self.calls = []
+        monkeypatch.setattr(module, name, self)
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.calls.append((grid, args, options))
+
+
+@every_kernel
+def test_kernels_are_launched_on_the_device_of_their_tensors(name, launcher, monkeypatch):
+    module, launch = launcher
+    guarded = []
+
+    class Guard:
+        def __init__(self, tensor):
+            assert isinstance(tensor, torch.Tensor)
+
+        def __enter__(self):
+            guarded.append(self)
+
+        def __exit__(self, *error):
+            guarded.pop()
+
+    class Guarded(Launched):
+        def __getitem__(self, grid):
+            assert guarded
+            return super().__getitem__(grid)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    launched = Guarded(monkeypatch, module, name)
+    launch()
+    assert len(launched.calls) == 1
+
+
+@every_kernel
+def test_no_float_operations_are_fused(name, launcher, monkeypatch):
+    module, launch = launcher
+    launched = Launched(monkeypatch, module, name)
+    launch()
+    assert launched.calls[0][2]["enable_fp_fusion"] is False
+
+
+def test_a_batch_may_be_larger_than_a_grid_beyond_its_first_dimension(monkeypatch):
+    parts = twomeans_kernels.TritonParts(torch.zeros(70_000, 1, 1))
+    launched = [Launched(monkeypatch, twomeans_kernels, name) for name in ("_terminals_kernel", "_split_kernel")]
+    parts.terminals()
+    parts.split(torch.zeros(70_000, 1, dtype=torch.bool))
+    assert [call[0] for each in launched for call in each.calls] == [(70_000, 1)] * 2
+
+
+def test_kernels_compile_for_a_gpu():
+    """Without one, and not interpreted; sides that 16 divides take no other kernel than those that it does not."""
+    code = """if True:
+        import json
+        from compiled import compile_for, cut, sort, take, torch, tree
+        cases = [cut(14, 14, rounds=1), cut(16, 16), sort(49, "blend of scores"), take(8, torch.bfloat16), tree(49, 1)]
+        print(json.dumps(compile_for(80, cases)))"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    rows = json.loads(out.stdout)
+    assert {row["kernel"] for row in rows} == set(LAUNCHERS)
+    assert all(row["fits"] and row["spill_stores"] == 0 for row in rows)
+    needs = [{key: row[key] for key in ("registers", "shared")} for row in rows if row["kernel"] == "_min_cut_kernel"]
+    assert needs[0] == needs[1]

@@ -86,13 +86,14 @@ def _shuffle(
     start, end = start.contiguous(), start if end is None else end.contiguous()
     ids_keep, ids_restore, mask = _outputs(tie_key, num_patches, keep)
     block = max(triton.next_power_of_2(num_patches), 16)
-    _shuffle_kernel[(len(tie_key),)](
-        start, start_key, end, end_key, alpha, tie_key, ids_keep, ids_restore, mask,
-        0 if len(start) == 1 else num_patches, 0 if len(end) == 1 else num_patches, num_patches, keep,
-        START_KEYED=start_key is not None, END_KEYED=end_key is not None, BLEND=alpha is not None,
-        BITS=max(num_patches - 1, 1).bit_length(), BLOCK=block,
-        num_warps=max(1, min(block // 128, 8)), enable_fp_fusion=False,  # unfused, it rounds as plain torch does
-    )  # fmt: skip
+    with torch.cuda.device_of(tie_key):  # Triton launches on the current device
+        _shuffle_kernel[(len(tie_key),)](
+            start, start_key, end, end_key, alpha, tie_key, ids_keep, ids_restore, mask,
+            0 if len(start) == 1 else num_patches, 0 if len(end) == 1 else num_patches, num_patches, keep,
+            START_KEYED=start_key is not None, END_KEYED=end_key is not None, BLEND=alpha is not None,
+            BITS=max(num_patches - 1, 1).bit_length(), BLOCK=block,
+            num_warps=max(1, min(block // 128, 8)), enable_fp_fusion=False,  # unfused, it rounds as plain torch does
+        )  # fmt: skip
     return ids_keep, ids_restore, mask
 
 
@@ -107,9 +108,11 @@ def _take(x: Tensor, ids: Tensor) -> Tensor:
     out = x.new_empty(*ids.shape, x.shape[2])
     block = min(triton.next_power_of_2(x.shape[2]), 1024)
     grid = (triton.cdiv(ids.numel(), ROWS), triton.cdiv(x.shape[2], block))
-    _take_kernel[grid](
-        x, ids, out, x.stride(0), x.stride(1), x.shape[1], ids.shape[1], ids.numel(), x.shape[2], ROWS=ROWS, BLOCK=block
-    )
+    with torch.cuda.device_of(x):
+        _take_kernel[grid](
+            x, ids, out, x.stride(0), x.stride(1), x.shape[1], ids.shape[1], ids.numel(), x.shape[2],
+            ROWS=ROWS, BLOCK=block, enable_fp_fusion=False,
+        )  # fmt: skip
     return out
 
 
