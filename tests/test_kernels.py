@@ -15,6 +15,7 @@ from test_mincut import random_grid
 
 from maskevolve import BlockMask, EvolvingMask, GridMask, PartMask, RandomMask, shuffle
 from maskevolve import functional as F
+from maskevolve import fused as gate
 from maskevolve.shuffle import torch as plain
 
 kernels = pytest.importorskip("maskevolve.shuffle.triton")
@@ -24,14 +25,14 @@ twomeans_kernels = pytest.importorskip("maskevolve.twomeans.triton")
 
 @pytest.fixture
 def fused(monkeypatch):
-    monkeypatch.setattr(shuffle, "_fused", lambda tensor: True)
+    monkeypatch.setattr(gate, "on_gpu", lambda on: True)
 
 
 def both_ways(masking, x, mask_ratio, **options):
     """The same call in plain torch and with the kernels."""
     plain = masking(x, mask_ratio, generator=seeded(5), **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shuffle, "_fused", lambda tensor: True)
+        patch.setattr(gate, "on_gpu", lambda on: True)
         return plain, masking(x, mask_ratio, generator=seeded(5), **options)
 
 
@@ -161,7 +162,8 @@ def test_compiles_whole(fused):
 def test_operators_are_sound():
     key, scores = shuffle.random_key(2, None, seeded()), torch.rand(2, 16)
     torch.library.opcheck(kernels._shuffle_op, (scores, None, None, None, None, key, 16, 4))
-    torch.library.opcheck(kernels._take_op, (torch.randn(2, 16, 3), torch.tensor([[0, 15, 16], [3, 2, 1]])))
+    ids = torch.stack([torch.randperm(16, generator=seeded(i)) for i in range(2)])
+    torch.library.opcheck(kernels._take_op, (torch.randn(2, 16, 3), ids[:, :3], ids.argsort(1)))
 
 
 def test_scores_are_those_that_scores_returns(fused):

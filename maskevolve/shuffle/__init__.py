@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from collections.abc import Callable
 from math import inf
 from typing import Any, NamedTuple
 
 # Not `import torch`: in this package that name is the file beside this one.
-from torch import Generator, Tensor, device, float32, randint, where, zeros_like
+from torch import Generator, Tensor, arange, device, equal, float32, randint, tensor, where, zeros_like
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-__all__ = ["Blend", "GroupDraws", "Scores", "compute_scores", "follow", "random_bits", "random_key", "shuffle", "take"]
+from .. import fused
 
-HAS_TRITON = find_spec("triton") is not None
+__all__ = [
+    "Blend",
+    "GroupDraws",
+    "Scores",
+    "compute_scores",
+    "follow",
+    "random_bits",
+    "random_key",
+    "shuffle",
+    "sorts",
+    "take",
+    "takes",
+]
+
 MOST_PATCHES = 4096  # that one program sorts
 
 
@@ -139,7 +152,7 @@ def shuffle(scores: Scores, tie_key: Tensor, num_patches: int, keep: int) -> tup
     Returns:
         ids_keep [B, N_keep] int64, ids_restore [B, N] int64, mask [B, N] float32.
     """
-    if _fused(tie_key) and num_patches <= MOST_PATCHES:
+    if num_patches <= MOST_PATCHES and sorts(tie_key.device):
         from .triton import shuffle as run
     else:
         from .torch import shuffle as run
@@ -166,7 +179,7 @@ class _Take(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ids: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(ids, inverse)
-        if _fused(x):
+        if takes(x.device):
             from .triton import take as run
         else:
             from .torch import take as run
@@ -178,5 +191,38 @@ class _Take(Function):
         return _Take.apply(grad, inverse, ids), None, None
 
 
-def _fused(tensor: Tensor) -> bool:
-    return HAS_TRITON and tensor.device.type == "cuda"
+def sorts(on: device) -> bool:
+    """Whether the kernel sorts on a device; torch.compile holds an operator that decides it when it runs."""
+    return fused.on_gpu(on) if is_compiling() else fused.works("masks", on, _sorts_alike)
+
+
+def takes(on: device) -> bool:
+    """Whether the kernel copies patches on a device: see `sorts`."""
+    return fused.on_gpu(on) if is_compiling() else fused.works("visible patches", on, _takes_alike)
+
+
+def _sorts_alike(on: device) -> bool:
+    """Whether the kernel orders a few patches as plain torch does."""
+    from .torch import shuffle
+    from .triton import shuffle as by_kernel
+
+    def order(way: Callable[..., tuple[Tensor, ...]], on: device) -> tuple[Tensor, ...]:
+        keys, patches = arange(2, device=on), arange(100, device=on).view(2, 50)
+        draws, values = GroupDraws(keys, patches // 4), (patches % 7).to(float32) / 8
+        return way(Blend(draws, values, tensor(0.25, dtype=float32, device=on)), keys, 50, 20)
+
+    ours, expected = order(by_kernel, on), order(shuffle, device("cpu"))
+    return all(equal(a.cpu(), b) for a, b in zip(ours, expected, strict=True))
+
+
+def _takes_alike(on: device) -> bool:
+    """Whether the kernel copies a few patches there and back as plain torch does."""
+    from .torch import take
+    from .triton import take as by_kernel
+
+    ids = tensor([[3, 0, 2, 1, 4], [1, 4, 0, 3, 2]], device="cpu")
+    some, inverse, x = ids[:, :3], ids.argsort(1), arange(30, dtype=float32, device="cpu").view(2, 5, 3)
+    there = by_kernel(x.to(on), some.to(on), inverse.to(on))
+    back = by_kernel(there, inverse.to(on), some.to(on))
+    expected = take(x, some, inverse)
+    return equal(there.cpu(), expected) and equal(back.cpu(), take(expected, inverse, some))

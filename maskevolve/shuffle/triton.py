@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import Blend, GroupDraws, Scores
+from . import Blend, GroupDraws, Scores, sorts, takes
+from . import torch as plain
 
 GAMMA = tl.constexpr(0x9E3779B1)
 FIRST = tl.constexpr(-0x40A7B892E31B1A47)
@@ -103,7 +104,7 @@ def _outputs(tie_key: Tensor, num_patches: int, keep: int) -> tuple[Tensor, Tens
     return ids_keep, ids_restore, torch.empty_like(ids_restore, dtype=torch.float32)
 
 
-def _take(x: Tensor, ids: Tensor) -> Tensor:
+def _take(x: Tensor, ids: Tensor, inverse: Tensor) -> Tensor:
     x, ids = x if x.stride(2) == 1 else x.contiguous(), ids.contiguous()
     out = x.new_empty(*ids.shape, x.shape[2])
     block = min(triton.next_power_of_2(x.shape[2]), 1024)
@@ -116,14 +117,35 @@ def _take(x: Tensor, ids: Tensor) -> Tensor:
     return out
 
 
+def _shuffle_or_plain(
+    start: Tensor, start_key: Tensor | None, end: Tensor | None, end_key: Tensor | None, alpha: Tensor | None,
+    tie_key: Tensor, num_patches: int, keep: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if sorts(tie_key.device):
+        return _shuffle(start, start_key, end, end_key, alpha, tie_key, num_patches, keep)
+    scores: Scores = _part(start, start_key)
+    if end is not None and alpha is not None:
+        scores = Blend(_part(start, start_key), _part(end, end_key), alpha)
+    ids_keep, ids_restore, mask = plain.shuffle(scores, tie_key, num_patches, keep)
+    return ids_keep.clone(), ids_restore, mask  # operators return no views
+
+
+def _part(values: Tensor, key: Tensor | None) -> Tensor | GroupDraws:
+    return values if key is None else GroupDraws(key, values)
+
+
+def _take_or_plain(x: Tensor, ids: Tensor, inverse: Tensor) -> Tensor:
+    return _take(x, ids, inverse) if takes(x.device) else plain.take(x, ids, inverse)
+
+
 # torch.compile sees one opaque operator each; elsewhere they are called without its overhead.
 _shuffle_op = torch.library.custom_op(
-    "maskevolve::shuffle", _shuffle, mutates_args=(),
+    "maskevolve::shuffle", _shuffle_or_plain, mutates_args=(),
     schema="(Tensor start, Tensor? start_key, Tensor? end, Tensor? end_key, Tensor? alpha, Tensor tie_key, "
     "int num_patches, int keep) -> (Tensor, Tensor, Tensor)",
 )  # fmt: skip
 _take_op = torch.library.custom_op(
-    "maskevolve::take", _take, mutates_args=(), schema="(Tensor x, Tensor ids) -> Tensor"
+    "maskevolve::take", _take_or_plain, mutates_args=(), schema="(Tensor x, Tensor ids, Tensor inverse) -> Tensor"
 )
 
 
@@ -133,7 +155,7 @@ def _(start, start_key, end, end_key, alpha, tie_key, num_patches, keep):
 
 
 @_take_op.register_fake
-def _(x, ids):
+def _(x, ids, inverse):
     return x.new_empty(*ids.shape, x.shape[2])
 
 
@@ -145,7 +167,8 @@ def shuffle(scores: Scores, tie_key: Tensor, num_patches: int, keep: int) -> tup
 
 def take(x: Tensor, ids: Tensor, inverse: Tensor) -> Tensor:
     """See `torch.take`; x may be of any dtype."""
-    return _take_op(x, ids) if torch.compiler.is_compiling() else _take(x, ids)
+    run = _take_op if torch.compiler.is_compiling() else _take
+    return run(x, ids, inverse)
 
 
 def _operands(scores: Scores) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from . import LIMIT, LLOYD_STEPS, RESOLUTION, SCALE
 
-MOST_PATCHES = 4096  # of an image
 LOADS = 32  # that a thread has under way at a time
 MIDDLE = tl.constexpr(6755399441055744.0)  # 1.5 * 2 ** 52: around it, float64s are integers
 SETTINGS = {"LLOYD_STEPS": LLOYD_STEPS, "RESOLUTION": RESOLUTION, "SCALE": SCALE, "LIMIT": LIMIT}
