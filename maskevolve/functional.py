@@ -1,8 +1,8 @@
 """Masking as pure functions of tensors: scores a patch, then one sort. No state, no modules.
 
-Every mask of the library is a score map ``p`` in [0, 1], one value a patch. The patches with the highest scores are
-removed; ties are broken at random. Scores may come as a tensor, or as a recipe (`GroupDraws`, `Blend`) from which a
-kernel makes them where it sorts them.
+Every mask of the library is a score map ``p`` in [0, 1], one value a patch; those of others may have any range. The
+patches with the highest scores are removed; ties are broken at random. Scores may come as a tensor, or as a recipe
+(`GroupDraws`, `Blend`) from which a kernel makes them where it sorts them.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def random_scores(
         torch.Size([2, 196])
     """
     height, width = grid_size
-    return torch.rand(batch_size, height * width, device=device, generator=generator)
+    return torch.rand(batch_size, height * width, dtype=torch.float32, device=device, generator=generator)
 
 
 def grid_draws(
@@ -209,7 +209,7 @@ def block_scores(
     Source: Algorithm 1 of BEiT, https://arxiv.org/abs/2106.08254
     """
     height, width = grid_size
-    draws = torch.rand(4, batch_size, num_blocks, device=device, generator=generator)
+    draws = torch.rand(4, batch_size, num_blocks, dtype=torch.float32, device=device, generator=generator)
     patches = (area[0] + (area[1] - area[0]) * draws[0]) * height * width
     log_aspect = math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * draws[1]
     block_height = (patches * log_aspect.exp()).sqrt().round().clamp(1, height)
@@ -280,7 +280,8 @@ def mask_patches(
 
     Args:
         x: [B, N, D] of any dtype; gradients flow to it.
-        scores: [B, N] float32 in [0, 1], or a recipe for them. Ties are broken at random, each patch alike.
+        scores: [B, N] of any real dtype and any range, or a recipe for them. Ties are broken at random, each patch
+            alike. NaN is an error on the CPU; elsewhere the check would make the host wait, and NaN is removed first.
         mask_ratio: share of patches to remove, in [0, 1); ``int(N * (1 - mask_ratio))`` stay.
         generator: source of randomness for the ties, on the device of `x`; torch's default one where None.
 
@@ -288,7 +289,8 @@ def mask_patches(
         MaskedPatches: visible [B, N_keep, D], mask [B, N] float32, ids_restore [B, N] int64.
 
     Raises:
-        ValueError: where mask_ratio is out of range or leaves no patch, or where `scores` does not match `x`.
+        ValueError: where mask_ratio is out of range or leaves no patch, or where `scores` does not match `x`
+            or is NaN.
 
     Example:
         >>> x = torch.arange(4.0).reshape(1, 4, 1)

@@ -76,7 +76,7 @@ class Masking(nn.Module):
             generator: source of randomness, on the same device; torch's default one where None.
 
         Returns:
-            [B, N] float32 in [0, 1].
+            [B, N] float32 in [0, 1]; what a mask of one's own draws beyond is brought there as in a blend: see `draw`.
         """
         if device is None and parts is not None:
             device = parts.device
@@ -85,9 +85,19 @@ class Masking(nn.Module):
         return F.compute_scores(scores)
 
     def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
-        """What `scores` returns, or the recipe for it, for subclasses to write.
+        """The scores of the patches, or the recipe for them, for subclasses to write.
 
-        `source` is the device and the generator to draw with.
+        Args:
+            batch_size: number of images B.
+            grid_size: (H, W) in patches.
+            parts: what the caller gave, or None.
+            source: the device and the generator to draw with.
+
+        Returns:
+            [B, N] of any real dtype and any range: the patches with the highest scores are removed, ties at random.
+            Where EvolvingMask blends two masks, scores in [0, 1] are taken as they are; in each image whose scores
+            leave [0, 1], the distinct ones are spread evenly over [0, 1], in their order (a single one becomes 0).
+            NaN is an error on the CPU; elsewhere the check would make the host wait, and NaN is removed first.
         """
         raise NotImplementedError(f"{type(self).__name__} must define draw(batch_size, grid_size, parts, **source)")
 

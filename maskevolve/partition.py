@@ -261,7 +261,8 @@ class EMPartitioner(_Partitioner):
             resolve_grid(affinity.shape[1], grid_size)
             maps = affinity.shape[1] * 144 / or_one(affinity.sum((1, 2), keepdim=True))
             features = affinity.mT * maps  # one row a patch: how much each patch attends to it
-            means = torch.randn(len(features), num_parts, features.shape[2], device=features.device)
+            shape = (len(features), num_parts, features.shape[2])
+            means = torch.randn(shape, dtype=features.dtype, device=features.device)
             for _ in range(self.steps):
                 means = nn.functional.normalize(means, dim=2)
                 members = (self.kappa * features @ means.mT).softmax(2)

@@ -1,5 +1,7 @@
 """What only a GPU can show. Skipped where there is none: CI has none, and cannot install one."""
 
+import math
+import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -10,11 +12,14 @@ from test_mincut import random_grid
 from test_twomeans import random_sides
 from vits import photographs
 
-from maskevolve import EvolvingMask, GraphCutPartitioner
+from maskevolve import EvolvingMask, GraphCutPartitioner, fused
 from maskevolve import functional as F
 from maskevolve.edges import contrast_edges, patch_sums
 from maskevolve.mincut import grid_min_cut
+from maskevolve.mincut import triton as mincut_kernels
 from maskevolve.shuffle import random_key, shuffle
+from maskevolve.shuffle import triton as shuffle_kernels
+from maskevolve.twomeans import triton as twomeans_kernels
 from maskevolve.twomeans import whole_images
 from maskevolve.twomeans.torch import TorchParts
 from maskevolve.twomeans.triton import TritonParts
@@ -130,3 +135,65 @@ def test_compiles_whole_on_the_gpu():
     visible, mask, _ = torch.compile(masking, fullgraph=True)(x, 0.75, parts=parts)
     visible.sum().backward()
     assert torch.equal(x.grad, (1 - mask)[..., None].expand_as(x))
+
+
+def use_every_kernel(device):
+    masking, parts = EvolvingMask(10).set_epoch(4).to(device), random_parts(4, 49).to(device)
+    affinity = torch.rand(4, 49, 49, generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.randn(4, 49, 32, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    return *masking(x, parts=parts, generator=generator)[1:], GraphCutPartitioner()(affinity)
+
+
+def test_every_kernel_works_where_it_is_tried_and_the_first_call_may_wait(monkeypatch):
+    monkeypatch.setattr(fused, "_worked", {})
+    with warnings.catch_warnings(), no_host_sync():
+        warnings.simplefilter("error")
+        masking = EvolvingMask(10).set_epoch(4).cuda()
+        masking(torch.randn(4, 49, 32, device="cuda"), parts=random_parts(4, 49).cuda())
+        assert torch.cuda.get_sync_debug_mode() == 2, "as it was before"
+    use_every_kernel("cuda")
+    places = {place.split(" on ")[0] for place, worked in fused._worked.items() if worked}
+    assert places == {"masks", "visible patches", "min cuts", "two means"}
+
+
+def test_kernels_that_do_not_compile_give_way_to_plain_torch(monkeypatch):
+    expected = use_every_kernel("cuda")
+    monkeypatch.setattr(fused, "_worked", {})
+    for module in (mincut_kernels, shuffle_kernels, twomeans_kernels):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, None)
+    with pytest.warns(UserWarning, match="plain torch is") as warned:
+        ours = use_every_kernel("cuda")
+    assert len([each for each in warned if "plain torch is" in str(each.message)]) == 4
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_on_the_device_of_their_tensors():
+    expected = use_every_kernel("cuda:0")
+    with torch.cuda.device(0):
+        ours = use_every_kernel("cuda:1")
+    assert all(each.device.index == 1 for each in ours)
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.nan])
+def test_scores_that_are_nan_are_removed_first_and_the_count_is_kept(value):
+    scores = torch.rand(4, 49, device="cuda")
+    scores[:, 5] = value
+    with no_host_sync():
+        mask = F.mask_patches(torch.zeros(4, 49, 3, device="cuda"), scores).mask
+    assert (mask.sum(1) == 37).all()
+    assert (mask[:, 5] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64])
+def test_scores_of_any_type_have_the_order_of_the_cpu_without_a_wait(dtype):
+    scores, key = (torch.randn(4, 196) * 99).to(dtype), random_key(4, None, None)
+    expected = shuffle(scores, key, 196, 49)
+    on_gpu = scores.cuda(), key.cuda()
+    with no_host_sync():
+        ours = shuffle(*on_gpu, 196, 49)
+        F.compute_scores(on_gpu[0])
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, expected, strict=True))

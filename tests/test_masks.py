@@ -7,9 +7,21 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vits import MAE
 
-from maskevolve import BlockMask, EvolvingMask, GridMask, MaskedPatches, PartMask, RandomMask
+from maskevolve import (
+    BlockMask,
+    EMPartitioner,
+    EvolvingMask,
+    GraphCutPartitioner,
+    GridMask,
+    MaskedPatches,
+    PartMask,
+    PartTeacher,
+    RandomMask,
+)
 from maskevolve import functional as F
+from maskevolve.masks import Masking
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -510,3 +522,169 @@ def test_samples_refuse_what_a_call_refuses():
         RandomMask().sample(2, (4, 0))
     with pytest.raises(ValueError, match="batch_size='2'"):
         RandomMask().sample("2", 4)
+
+
+# Scores of one's own: of any type and any finite range.
+
+
+class Own(Masking):
+    """A mask that draws what it was given."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = values
+
+    def draw(self, batch_size, grid_size, parts, **source):
+        return self.values
+
+
+def noise(seed):
+    return torch.randn(3, 196, generator=seeded(seed), dtype=torch.float64)
+
+
+OWN_SCORES = {
+    "rising": lambda seed: torch.stack([torch.randperm(196, generator=seeded(seed + i)) for i in range(3)]).float(),
+    "noise": lambda seed: noise(seed).float(),
+    "coarse": lambda seed: noise(seed).float().round(decimals=1),
+    "tiny": lambda seed: noise(seed).float() * 1e-43,
+    "huge": lambda seed: (noise(seed) * 8e37).float(),
+    "negative": lambda seed: -noise(seed).float().exp(),
+    "infinite": lambda seed: torch.where(noise(seed) > 1, math.inf, -noise(seed).float()),
+    "float64": lambda seed: 1 + noise(seed) * 1e-15,
+    "float64 of all sizes": lambda seed: (noise(seed) * 200).exp(),
+    "bfloat16": lambda seed: (noise(seed) * 1e30).bfloat16(),
+    "float16": lambda seed: noise(seed).half(),
+    "int64": lambda seed: 2**62 + (noise(seed) * 100).long(),
+    "int32": lambda seed: 2**30 + (noise(seed) * 100).int(),
+    "uint8": lambda seed: (noise(seed) * 9).abs().byte(),
+    "bool": lambda seed: noise(seed) > 1,
+}
+own_scores = pytest.mark.parametrize("make_scores", OWN_SCORES.values(), ids=OWN_SCORES.keys())
+
+
+@own_scores
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), mask_ratio=st.floats(0.01, 0.99))
+def test_scores_of_any_type_and_range_keep_their_order(make_scores, seed, mask_ratio):
+    scores = make_scores(seed)
+    mask = Own(scores)(torch.zeros(3, 196, 1), mask_ratio, generator=seeded(seed)).mask.bool()
+    assert (mask.sum(1) == 196 - int(196 * (1 - mask_ratio))).all()
+    for image, removed in zip(scores, mask, strict=True):
+        assert image[removed].min() >= image[~removed].max()
+
+
+@own_scores
+def test_scores_of_ones_own_come_in_0_to_1_in_their_order(make_scores):
+    given_scores = make_scores(0)
+    p = Own(given_scores).scores(3, 14)
+    assert p.dtype == torch.float32
+    assert p.min() >= 0
+    assert p.max() <= 1
+    for ours, image in zip(p, given_scores, strict=True):
+        assert (ours[image.argsort(stable=True)].diff() >= 0).all()
+        if image.min() < 0 or image.max() > 1:
+            distinct = image.unique(return_inverse=True)
+            assert torch.equal(ours, (distinct[1] / (len(distinct[0]) - 1)).float())
+        else:
+            assert torch.equal(ours, image.float())
+
+
+@pytest.mark.parametrize("value", [-3.0, 0.5, 2.0, 1e38])
+def test_ties_of_any_value_are_broken_without_bias(value):
+    scores = torch.full((4000, 49), value)
+    removed = Own(scores)(torch.zeros(4000, 49, 1), 0.5, generator=seeded()).mask.sum(0)
+    share = 25 / 49
+    statistic = float(((removed - 4000 * share) ** 2).sum() / (4000 * share * (1 - share))) * 48 / 49
+    assert 0.001 < scipy.stats.chi2.sf(statistic, 48) < 0.999
+
+
+def test_zeros_tie_whatever_their_sign():
+    scores = torch.zeros(2000, 2)
+    scores[:, 1] = -0.0
+    removed = Own(scores)(torch.zeros(2000, 1, 2, 1), 0.5, generator=seeded()).mask.sum(0)
+    assert (removed > 900).all()
+
+
+def test_in_a_blend_scores_of_ones_own_weigh_as_much_as_draws():
+    wide, constant, inside = (
+        torch.tensor([[195.0, -4, 9, 9]]),
+        torch.full((1, 4), 7.0),
+        torch.tensor([[0.2, 0, 1, 0.5]]),
+    )
+    for values, expected in [
+        (wide, [[1, 0, 0.5, 0.5]]),
+        (wide.double(), [[1, 0, 0.5, 0.5]]),
+        (constant, [[0, 0, 0, 0]]),
+        (inside, inside.tolist()),
+        (torch.cat([wide, inside]), [[1, 0, 0.5, 0.5], *inside.tolist()]),
+    ]:
+        batch_size = len(values)
+        other = BlockMask().scores(batch_size, 2, generator=seeded())
+        masking = EvolvingMask(4, start=BlockMask(), end=Own(values)).set_epoch(0)  # alpha 0.5
+        p = masking.scores(batch_size, 2, generator=seeded())
+        assert torch.allclose(p, 0.5 * other + 0.5 * torch.tensor(expected))
+        mask = masking(torch.zeros(batch_size, 4, 1), 0.5, generator=seeded()).mask.bool()
+        assert all(image[removed].min() >= image[~removed].max() for image, removed in zip(p, mask, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_scores_that_are_nan(dtype):
+    scores = torch.rand(2, 16).to(dtype)
+    scores[0, 3] = scores[1, 5] = math.nan
+    evolving = EvolvingMask(10, end=Own(scores)).set_epoch(4)
+    for masking in (Own(scores), evolving):
+        for call in (lambda masking: masking(torch.zeros(2, 16, 1)), lambda masking: masking.scores(2, 4)):
+            with pytest.raises(ValueError, match=r"2 of 32 scores are NaN"):
+                call(masking)
+
+
+def test_scores_that_are_complex():
+    with pytest.raises(ValueError, match=r"complex64.*real"):
+        F.mask_patches(torch.zeros(2, 16, 1), torch.zeros(2, 16, dtype=torch.complex64))
+
+
+@pytest.fixture
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@every_mask
+def test_another_default_dtype_changes_no_mask(make, request):
+    parts, options = random_parts(3, 49), {"mask_ratio": 0.6}
+    expected = make()(torch.zeros(3, 49, 1), parts=parts, generator=seeded(), **options)
+    expected_scores = make().scores(3, 7, parts=parts, generator=seeded())
+    request.getfixturevalue("float64_by_default")
+    ours = make()(torch.zeros(3, 49, 1), parts=parts, generator=seeded(), **options)
+    assert torch.equal(ours.mask, expected.mask)
+    assert torch.equal(ours.ids_restore, expected.ids_restore)
+    assert ours.visible.dtype == torch.float64
+    scores = make().scores(3, 7, parts=parts, generator=seeded())
+    assert scores.dtype == torch.float32
+    assert torch.equal(scores, expected_scores)
+
+
+def test_another_default_dtype_changes_no_parts(request):
+    affinity, images = torch.rand(2, 36, 36, generator=seeded()), torch.rand(2, 3, 24, 24, generator=seeded())
+
+    def parts():
+        torch.manual_seed(0)
+        return (
+            GraphCutPartitioner(5)(affinity, images=images),
+            GraphCutPartitioner(5, solver="torch")(affinity),
+            EMPartitioner(5)(affinity),
+        )
+
+    expected = parts()
+    request.getfixturevalue("float64_by_default")
+    assert all(torch.equal(a, b) for a, b in zip(parts(), expected, strict=True))
+
+
+def test_another_default_dtype_and_a_teacher(float64_by_default):
+    model = MAE(image_size=32)
+    teacher = PartTeacher(model, GraphCutPartitioner(), total_epochs=10)
+    teacher.update(model)
+    parts = teacher(torch.rand(2, 3, 32, 32))
+    assert parts.max() > 0
+    assert halfway()(torch.rand(2, parts.shape[1], 4), parts=parts).visible.dtype == torch.float64

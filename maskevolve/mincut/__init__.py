@@ -6,7 +6,9 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 # Not `import torch`: in this package that name is the solver beside this file.
-from torch import Tensor, device, int32
+from torch import Tensor, arange, device, equal, int32
+
+from .. import fused
 
 __all__ = ["OFFSETS", "SOLVERS", "grid_min_cut"]
 
@@ -28,13 +30,15 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
             NW, SW, NE. What leaves the grid is ignored.
         solver: "pymaxflow" (CPU; PyMaxflow is under the GPL and is imported only here), "torch" (any device), "triton"
             (a GPU; the host does not wait, but grids of more than 1024 nodes go to torch, where it does), or "auto":
-            pymaxflow for tensors on the CPU and triton on a GPU where these are installed, else torch.
+            pymaxflow for tensors on the CPU where it is installed; triton on a GPU where it is installed and, tried
+            once, gives the bits of torch (MASKEVOLVE_KERNELS=0 turns it off); else torch.
 
     Returns:
         [B, H, W] bool on the device of `source`: True on the sink's side.
 
     Raises:
-        ValueError: where a shape, a dtype or the solver is wrong, or (checked on the CPU only) a capacity is negative.
+        ValueError: where a shape, a dtype or the solver is wrong, or (checked on the CPU only) a capacity is negative;
+            where "triton" is asked for and cannot run.
 
     Example:
         >>> import torch
@@ -57,9 +61,11 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
 def _solver(name: str, on: device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if name not in SOLVERS:
         raise ValueError(f"solver={name!r} is not one of {', '.join(map(repr, SOLVERS))}")
+    if name == "triton" and fused.OFF:
+        raise ValueError('solver="triton" is turned off by MASKEVOLVE_KERNELS=0: use solver="auto"')
     if name == "auto":
-        best = {"cpu": ("pymaxflow", "maxflow"), "cuda": ("triton", "triton")}.get(on.type)
-        name = best[0] if best and find_spec(best[1]) else "torch"
+        on_cpu = "pymaxflow" if on.type == "cpu" and find_spec("maxflow") else "torch"
+        name = "triton" if fused.works("min cuts", on, _agrees) else on_cpu
     if name == "pymaxflow":
         from .pymaxflow import min_cut
     elif name == "triton":
@@ -67,6 +73,16 @@ def _solver(name: str, on: device) -> Callable[[Tensor, Tensor, Tensor], Tensor]
     else:
         from .torch import min_cut
     return min_cut
+
+
+def _agrees(on: device) -> bool:
+    """Whether the kernel cuts two small grids as plain torch does."""
+    from .torch import min_cut
+    from .triton import min_cut as by_kernel
+
+    draws = (arange(2 * 10 * 3 * 4, device="cpu") * 7919 % 101).int().view(2, 10, 3, 4)
+    grids = [(draws[:, 0] - 50).clamp(min=0), (50 - draws[:, 1]).clamp(min=0), draws[:, 2:] // 4]
+    return equal(by_kernel(*(tensor.to(on) for tensor in grids)).cpu(), min_cut(*grids))
 
 
 def _check(source: Tensor, sink: Tensor, capacity: Tensor) -> None:

@@ -41,14 +41,17 @@ def min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, rounds: int = ROU
     block = max(triton.next_power_of_2(height * width), 32)
     heights = torch.empty(batch_size, block, dtype=torch.int32, device=source.device)
     flows = torch.empty(batch_size, 8, block, dtype=torch.int64, device=source.device)
-    _min_cut_kernel[(batch_size,)](
-        source.contiguous(), sink.contiguous(), capacity.contiguous(), reaches_sink, heights, flows,
-        height, width, rounds, SWEEPS=SWEEPS, BLOCK=block, num_warps=max(1, block // 64),
-    )  # fmt: skip
+    with torch.cuda.device_of(source):  # Triton launches on the current device
+        _min_cut_kernel[(batch_size,)](
+            source.contiguous(), sink.contiguous(), capacity.contiguous(), reaches_sink, heights, flows,
+            height, width, rounds, SWEEPS=SWEEPS, BLOCK=block, num_warps=max(1, block // 64), enable_fp_fusion=False,
+        )  # fmt: skip
     return reaches_sink
 
 
-@triton.jit
+# Specialised, a number of rounds of 1 is a constant that cannot be counted down, and sides that 16 divides take more
+# registers and 32 KB of shared memory.
+@triton.jit(do_not_specialize=["height", "width", "rounds"])
 def _min_cut_kernel(
     source, sink, capacity, reaches_sink, heights, flows, height, width, rounds,
     SWEEPS: tl.constexpr, BLOCK: tl.constexpr,

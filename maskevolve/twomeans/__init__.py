@@ -5,11 +5,12 @@ All sums are of integers, so their order does not matter: every device and every
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Protocol
 
 # Not `import torch`: in this package that name is the file beside this one.
-from torch import Tensor, device, dtype, float32, float64, get_float32_matmul_precision
+from torch import Tensor, arange, device, dtype, equal, float32, float64, get_float32_matmul_precision
+
+from .. import fused
 
 __all__ = ["Parts", "exact_dtype", "whole_images", "wide_dtype"]
 
@@ -17,6 +18,7 @@ LLOYD_STEPS = 2  # more found no more of planted parts
 RESOLUTION = 1 << 20  # of terminals before they are scaled: their squares still add up without rounding
 SCALE = 1 << 16  # the root mean square of the terminals of a part; a mean edge
 LIMIT = 1 << 30
+MOST_PATCHES = 4096  # of an image, that kernels take
 
 
 class Parts(Protocol):
@@ -56,14 +58,30 @@ def whole_images(gram: Tensor) -> Parts:
         gram: [B, N, N] float32, whole numbers: inner products of features. Symmetric; the magnitudes of a row sum to at
             most 2 ** 24. May be overwritten.
     """
-    if gram.is_cuda and find_spec("triton"):
-        from .triton import MOST_PATCHES, TritonParts
+    if gram.shape[1] <= MOST_PATCHES and fused.works("two means", gram.device, _agrees):
+        from .triton import TritonParts
 
-        if gram.shape[1] <= MOST_PATCHES:
-            return TritonParts(gram)
+        return TritonParts(gram)
     from .torch import TorchParts
 
     return TorchParts(gram.to(exact_dtype()))
+
+
+def _agrees(on: device) -> bool:
+    """Whether the kernels make a small tree as plain torch does."""
+    from .torch import TorchParts
+    from .triton import TritonParts
+
+    features = (arange(2 * 40 * 3, device="cpu") * 7919 % 19 - 9).view(2, 40, 3)
+    gram = (features @ features.mT).to(float32)
+    ours, plain = TritonParts(gram.to(on)), TorchParts(gram.to(float64))
+    for _ in range(2):
+        terminals = plain.terminals()
+        sides = terminals[0] > 0
+        pairs = [*zip(ours.terminals(), terminals, strict=True), (ours.split(sides.to(on)), plain.split(sides))]
+        if not all(equal(a.cpu(), b) for a, b in [*pairs, (ours.labels, plain.labels)]):
+            return False
+    return True
 
 
 def wide_dtype(on: device) -> dtype:

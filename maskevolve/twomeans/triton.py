@@ -15,7 +15,6 @@ from torch import Tensor
 
 from . import LIMIT, LLOYD_STEPS, RESOLUTION, SCALE
 
-MOST_PATCHES = 4096  # of an image
 LOADS = 32  # that a thread has under way at a time
 MIDDLE = tl.constexpr(6755399441055744.0)  # 1.5 * 2 ** 52: around it, float64s are integers
 SETTINGS = {"LLOYD_STEPS": LLOYD_STEPS, "RESOLUTION": RESOLUTION, "SCALE": SCALE, "LIMIT": LIMIT}
@@ -58,17 +57,19 @@ class TritonParts:
         block = max(triton.next_power_of_2(patches), 32)
         # Parts get smaller: more programs at a time, of fewer threads, where a thread can hold what falls to it.
         warps = max(1, block // 256, min(block // 64, 16) >> self.level)
-        kernel[(1 << self.level, batch_size)](
-            self.gram, self.order, self.starts, self.inner, self.second, *tensors, patches, **settings,
-            ROWS=max(1, 32 * warps * LOADS // block), BLOCK=block, num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
+        # The batch comes first, for the other dimensions of a grid end at 65,535.
+        with torch.cuda.device_of(self.gram):  # Triton launches on the current device
+            kernel[(batch_size, 1 << self.level)](
+                self.gram, self.order, self.starts, self.inner, self.second, *tensors, patches, **settings,
+                ROWS=max(1, 32 * warps * LOADS // block), BLOCK=block, num_warps=warps, enable_fp_fusion=False,
+            )  # fmt: skip
 
 
 @triton.jit
 def _part(order, starts, patches, BLOCK: tl.constexpr):
     """Of this program's part: its place in the list, its size, its patches, and which of them are there."""
-    image, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    starts += image * (tl.num_programs(0) + 1) + part
+    image, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    starts += image * (tl.num_programs(1) + 1) + part
     start = tl.load(starts)
     size = tl.load(starts + 1) - start
     lane = tl.arange(0, BLOCK)
@@ -111,7 +112,7 @@ def _terminals_kernel(
     order, size, patch, inside = _part(order, starts, patches, BLOCK)
     if size == 0:
         return
-    image = tl.program_id(1).to(tl.int64)
+    image = tl.program_id(0).to(tl.int64)
     gram += image * patches * patches
     second += image * patches
     at = image * patches + patch
@@ -140,7 +141,7 @@ def _split_kernel(
     gram, order, starts, inner, second, sides, gain, labels, order_after, starts_after, patches,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    image, part, parts = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
+    image, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     start = tl.load(starts + image * (parts + 1) + part)
     order, size, patch, inside = _part(order, starts, patches, BLOCK)
     gram += image * patches * patches

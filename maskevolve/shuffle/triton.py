@@ -1,6 +1,6 @@
 """The mask in one Triton kernel (draws, scores, ties, sort, inverse), and the copy of the visible patches.
 
-To the bit what `shuffle.py` does in plain torch. Importing this file imports Triton; `shuffle.py` does so on CUDA only.
+To the bit what `torch.py` does.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["shuffle", "take"]
+from . import Blend, GroupDraws, Scores, sorts, takes
+from . import torch as plain
 
 GAMMA = tl.constexpr(0x9E3779B1)
 FIRST = tl.constexpr(-0x40A7B892E31B1A47)
 SECOND = tl.constexpr(-0x6B2FB644ECCEEE15)
 LAST = tl.constexpr((1 << 63) - 1)
+INFINITY = tl.constexpr(0x7F800000)  # as bits
 ROWS = 8  # that one program copies
 
 
@@ -34,7 +36,7 @@ def _scores(values, key, image, stride, patch, inside, KEYED: tl.constexpr):
     value = tl.load(values + image * stride + patch, mask=inside, other=0)
     if KEYED:
         bits = _hash(tl.load(key + image), value.to(tl.int64)) >> 32 & 0xFFFFFF
-        value = bits.to(tl.float32) / 16777216
+        value = bits.to(tl.float32) * (1 / 16777216)
     return value
 
 
@@ -51,9 +53,12 @@ def _shuffle_kernel(
     if BLEND:
         weight = tl.load(alpha)
         p = (1 - weight) * p + weight * _scores(end, end_key, image, end_stride, patch, inside, END_KEYED)
-    p = tl.minimum(tl.maximum(p, 0.0), 1.0)
+    bits = p.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    order = tl.where((bits < 0) & (size <= INFINITY), -size, size).to(tl.int64)
+    wide = tl.max(tl.where(inside, size >> 30, 0))
     ties = _hash(tl.load(tie_key + image), patch.to(tl.int64)) >> (31 + BITS) & ((1 << (33 - BITS)) - 1)
-    keys = p.to(tl.int32, bitcast=True).to(tl.int64) << 33 | ties << BITS | patch
+    keys = order << (33 - wide) | ties >> wide << BITS | patch
     ids = tl.sort(tl.where(inside, keys, LAST)) & ((1 << BITS) - 1)
     place = patch
     tl.store(ids_keep + image * keep + place, ids, mask=place < keep)
@@ -82,13 +87,14 @@ def _shuffle(
     start, end = start.contiguous(), start if end is None else end.contiguous()
     ids_keep, ids_restore, mask = _outputs(tie_key, num_patches, keep)
     block = max(triton.next_power_of_2(num_patches), 16)
-    _shuffle_kernel[(len(tie_key),)](
-        start, start_key, end, end_key, alpha, tie_key, ids_keep, ids_restore, mask,
-        0 if len(start) == 1 else num_patches, 0 if len(end) == 1 else num_patches, num_patches, keep,
-        START_KEYED=start_key is not None, END_KEYED=end_key is not None, BLEND=alpha is not None,
-        BITS=max(num_patches - 1, 1).bit_length(), BLOCK=block,
-        num_warps=max(1, min(block // 128, 8)), enable_fp_fusion=False,  # unfused, it rounds as plain torch does
-    )  # fmt: skip
+    with torch.cuda.device_of(tie_key):  # Triton launches on the current device
+        _shuffle_kernel[(len(tie_key),)](
+            start, start_key, end, end_key, alpha, tie_key, ids_keep, ids_restore, mask,
+            0 if len(start) == 1 else num_patches, 0 if len(end) == 1 else num_patches, num_patches, keep,
+            START_KEYED=start_key is not None, END_KEYED=end_key is not None, BLEND=alpha is not None,
+            BITS=max(num_patches - 1, 1).bit_length(), BLOCK=block,
+            num_warps=max(1, min(block // 128, 8)), enable_fp_fusion=False,  # unfused, it rounds as plain torch does
+        )  # fmt: skip
     return ids_keep, ids_restore, mask
 
 
@@ -98,25 +104,48 @@ def _outputs(tie_key: Tensor, num_patches: int, keep: int) -> tuple[Tensor, Tens
     return ids_keep, ids_restore, torch.empty_like(ids_restore, dtype=torch.float32)
 
 
-def _take(x: Tensor, ids: Tensor) -> Tensor:
+def _take(x: Tensor, ids: Tensor, inverse: Tensor) -> Tensor:
     x, ids = x if x.stride(2) == 1 else x.contiguous(), ids.contiguous()
     out = x.new_empty(*ids.shape, x.shape[2])
     block = min(triton.next_power_of_2(x.shape[2]), 1024)
     grid = (triton.cdiv(ids.numel(), ROWS), triton.cdiv(x.shape[2], block))
-    _take_kernel[grid](
-        x, ids, out, x.stride(0), x.stride(1), x.shape[1], ids.shape[1], ids.numel(), x.shape[2], ROWS=ROWS, BLOCK=block
-    )
+    with torch.cuda.device_of(x):
+        _take_kernel[grid](
+            x, ids, out, x.stride(0), x.stride(1), x.shape[1], ids.shape[1], ids.numel(), x.shape[2],
+            ROWS=ROWS, BLOCK=block, enable_fp_fusion=False,
+        )  # fmt: skip
     return out
+
+
+def _shuffle_or_plain(
+    start: Tensor, start_key: Tensor | None, end: Tensor | None, end_key: Tensor | None, alpha: Tensor | None,
+    tie_key: Tensor, num_patches: int, keep: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if sorts(tie_key.device):
+        return _shuffle(start, start_key, end, end_key, alpha, tie_key, num_patches, keep)
+    scores: Scores = _part(start, start_key)
+    if end is not None and alpha is not None:
+        scores = Blend(_part(start, start_key), _part(end, end_key), alpha)
+    ids_keep, ids_restore, mask = plain.shuffle(scores, tie_key, num_patches, keep)
+    return ids_keep.clone(), ids_restore, mask  # operators return no views
+
+
+def _part(values: Tensor, key: Tensor | None) -> Tensor | GroupDraws:
+    return values if key is None else GroupDraws(key, values)
+
+
+def _take_or_plain(x: Tensor, ids: Tensor, inverse: Tensor) -> Tensor:
+    return _take(x, ids, inverse) if takes(x.device) else plain.take(x, ids, inverse)
 
 
 # torch.compile sees one opaque operator each; elsewhere they are called without its overhead.
 _shuffle_op = torch.library.custom_op(
-    "maskevolve::shuffle", _shuffle, mutates_args=(),
+    "maskevolve::shuffle", _shuffle_or_plain, mutates_args=(),
     schema="(Tensor start, Tensor? start_key, Tensor? end, Tensor? end_key, Tensor? alpha, Tensor tie_key, "
     "int num_patches, int keep) -> (Tensor, Tensor, Tensor)",
 )  # fmt: skip
 _take_op = torch.library.custom_op(
-    "maskevolve::take", _take, mutates_args=(), schema="(Tensor x, Tensor ids) -> Tensor"
+    "maskevolve::take", _take_or_plain, mutates_args=(), schema="(Tensor x, Tensor ids, Tensor inverse) -> Tensor"
 )
 
 
@@ -126,41 +155,28 @@ def _(start, start_key, end, end_key, alpha, tie_key, num_patches, keep):
 
 
 @_take_op.register_fake
-def _(x, ids):
+def _(x, ids, inverse):
     return x.new_empty(*ids.shape, x.shape[2])
 
 
-def shuffle(
-    start: Tensor, start_key: Tensor | None, end: Tensor | None, end_key: Tensor | None, alpha: Tensor | None,
-    tie_key: Tensor, num_patches: int, keep: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Order the patches of every image: see `shuffle.shuffle`.
-
-    Args:
-        start: [B, N] float32 scores; or [1 or B, N] integer groups, with `start_key`.
-        start_key: [B] int64, or None.
-        end: as `start`; None for no blend.
-        end_key: [B] int64, or None.
-        alpha: 0-d float32, weight of the end; None for no blend.
-        tie_key: [B] int64.
-        num_patches: N.
-        keep: number of patches that stay.
-
-    Returns:
-        ids_keep [B, N_keep] int64, ids_restore [B, N] int64, mask [B, N] float32.
-    """
+def shuffle(scores: Scores, tie_key: Tensor, num_patches: int, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `shuffle.shuffle`."""
     run = _shuffle_op if torch.compiler.is_compiling() else _shuffle
-    return run(start, start_key, end, end_key, alpha, tie_key, num_patches, keep)
+    return run(*_operands(scores), tie_key, num_patches, keep)
 
 
-def take(x: Tensor, ids: Tensor) -> Tensor:
-    """out[b, i] = x[b, ids[b, i]], or 0 where ids is past the end of x.
+def take(x: Tensor, ids: Tensor, inverse: Tensor) -> Tensor:
+    """See `torch.take`; x may be of any dtype."""
+    run = _take_op if torch.compiler.is_compiling() else _take
+    return run(x, ids, inverse)
 
-    Args:
-        x: [B, N, D] of any dtype.
-        ids: [B, K] int64 >= 0.
 
-    Returns:
-        [B, K, D].
-    """
-    return _take_op(x, ids) if torch.compiler.is_compiling() else _take(x, ids)
+def _operands(scores: Scores) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """A recipe as the kernel takes it: start, its key, end, its key, alpha."""
+    if not isinstance(scores, Blend):
+        return *_values_and_key(scores), None, None, None
+    return *_values_and_key(scores.start), *_values_and_key(scores.end), scores.alpha
+
+
+def _values_and_key(scores: Tensor | GroupDraws) -> tuple[Tensor, Tensor | None]:
+    return (scores.groups, scores.key) if isinstance(scores, GroupDraws) else (scores, None)
