@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-__all__ = ["move_average", "refuse_sharded", "tensors_of", "unwrap"]
+__all__ = ["is_sharded", "move_average", "refuse_sharded", "tensors_of", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -25,10 +25,14 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` or FullyShardedDataParallel has split the weights of a model."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters()) or _is_fsdp(model)
+
+
 def refuse_sharded(model: nn.Module) -> None:
-    """Raise a ValueError where `fully_shard` or FullyShardedDataParallel has split the weights of a model."""
-    split = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    if split or _is_fsdp(model):
+    """Raise a ValueError where the weights of a model are split."""
+    if is_sharded(model):
         raise ValueError(
             f"this {type(unwrap(model)).__name__} is sharded, which cannot be copied: build the teacher before "
             "fully_shard(model) or FullyShardedDataParallel(model)"

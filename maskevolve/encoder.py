@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .average import is_sharded
 from .functional import MaskedPatches
 from .geometry import PatchWatch, image_size, patch_embedding, patch_grid, tiny_pictures
 from .random_masking import Result, arrange, host_method, learn_results
@@ -157,7 +158,7 @@ def check_patches(model: nn.Module) -> None:
         ValueError: where the grid is not that of what comes out, or is masked, or no picture goes in.
     """
     patch_grid(model, torch.empty(1, 3, 1 << 12, 1 << 12, device="meta"))
-    if any(hasattr(weight, "full_tensor") for weight in model.parameters()):
+    if is_sharded(model):
         return  # Sharded weights cannot be run a part at a time.
     watch = PatchWatch()
 
