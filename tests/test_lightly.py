@@ -462,7 +462,7 @@ def test_wrong_use_names_the_fix():
     with pytest.raises(ValueError, match="needs parts, but there is no teacher"):
         mae.training_step(pictures(), 0)
     evolution.remove()
-    with pytest.raises(ValueError, match="MAE could not be tried on a picture.*forward.*pass the encoder"):
+    with pytest.raises(ValueError, match=r"MAE could not be tried on a picture.*forward.*pass the encoder"):
         make_teacher(mae)
     with pytest.raises(ValueError, match="built for another architecture"):
         apply_to_lightly(mae, EvolvingMask(4), make_teacher(make_vit(reg_tokens=2)))

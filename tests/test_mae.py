@@ -358,8 +358,10 @@ class TestWrongUse:
         with pytest.raises(ValueError, match=r"patch_embed\.patch_size = 16"):
             apply_to_mae(model, GridMask())
         apply_to_mae(model, RandomMask()).remove()  # for which it does not matter where patches lie
-        embed.patch_size = 8
-        apply_to_mae(model, GridMask())
+        evolution = apply_to_mae(model, GridMask(), patch_size=(8, 8))
+        model(torch.randn(2, 3, 64, 64))
+        pattern = evolution.last_mask.view(2, 4, 2, 4, 2)  # of 2 x 2 patches, all over the image
+        assert torch.equal(pattern, pattern[:, :1, :, :1].expand_as(pattern))
 
     @pytest.mark.parametrize("masking", [PartMask(), EvolvingMask(10)])
     def test_no_teacher(self, masking):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,7 +16,13 @@ from .evolution import Evolution, Teacher, eager
 __all__ = ["apply_to_mae"]
 
 
-def apply_to_mae(model: nn.Module, masking: Masking, teacher: Teacher | None = None) -> Evolution:
+def apply_to_mae(
+    model: nn.Module,
+    masking: Masking,
+    teacher: Teacher | None = None,
+    *,
+    patch_size: int | tuple[int, int] | None = None,
+) -> Evolution:
     """Let an MAE mask with `masking`, in place of its own `random_masking(x, mask_ratio, ...)`.
 
     Further arguments of that are left alone, but where one is a tensor, such as noise, the mask is the model's own.
@@ -29,6 +35,8 @@ def apply_to_mae(model: nn.Module, masking: Masking, teacher: Teacher | None = N
         teacher: where the mask gets its parts from: a PartTeacher that was built from the same model, or any callable
             from images to integer labels, [B, N] or, of any size, [B, h, w]. None for a mask that needs none, and where
             they come with each batch: ``evolution.see(parts=labels)``.
+        patch_size: in pixels, for a model whose patch embedding does not say. It is noted there, as
+            ``model.patch_embed.patch_size``; set that yourself before you build a PartTeacher from such a model.
 
     Returns:
         Evolution: call ``.set_epoch(epoch)`` in each epoch, ``.update()`` after each optimizer step.
@@ -47,6 +55,8 @@ def apply_to_mae(model: nn.Module, masking: Masking, teacher: Teacher | None = N
                 f"{type(model).__name__} has no `{name}`, as the official MAE has: set it, or use apply_to_timm, "
                 "apply_to_vit_mae or apply_to_lightly for a model of these"
             )
+    if patch_size is not None:
+        cast(Any, model.patch_embed).patch_size = patch_size
     own: Any = host_method(model, "random_masking")
     read, results = call_reader(own), _try(own, model)
     evolution = Evolution(model, masking, teacher, where=f"{type(model).__name__}.random_masking")
