@@ -1,4 +1,4 @@
-"""The README's code runs as it stands, and its tables are those of the result files."""
+"""The code of the README and of docs/ runs as it stands, and their figures are those of the result files."""
 
 import re
 from pathlib import Path
@@ -9,17 +9,25 @@ import tables
 import torch
 from lightly_mae import MAE as LightlyMAE
 from timm.models.vision_transformer import VisionTransformer
-from transformers import Trainer, TrainingArguments, ViTMAEConfig, ViTMAEForPreTraining
+from transformers import (
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForMaskedImageModeling,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+)
 from vits import MAE
 
-from maskevolve.integrations import apply_to_lightly, apply_to_mae, apply_to_timm, apply_to_vit_mae
+from maskevolve import integrations
 
-README = Path(__file__).parents[1] / "README.md"
+HOME = Path(__file__).parents[1]
+PAGES = [HOME / "README.md", *sorted((HOME / "docs").glob("*.md"))]
 
 
-def blocks(containing=""):
-    found = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    return [block for block in found if containing in block]
+def blocks(containing):
+    text = "\n".join(page.read_text() for page in PAGES)
+    return [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if containing in block]
 
 
 def test_three_lines_make_an_mae_evolve():
@@ -27,7 +35,7 @@ def test_three_lines_make_an_mae_evolve():
     model = MAE()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     names = {"model": model, "optimizer": optimizer, "epochs": 4, "epoch": 0}
-    (block,) = blocks("apply_to_mae")
+    (block,) = blocks("evolution.follow(optimizer)")
     once, each_epoch = re.split(r"\n# at the start of each epoch.*\n", block)
     exec(once, names)
     images, removed = torch.randn(2, 3, 64, 64), []
@@ -44,7 +52,7 @@ def test_three_lines_make_an_mae_evolve():
 
 @pytest.mark.parametrize("host", ["apply_to_mae", "apply_to_vit_mae", "apply_to_lightly"])
 def test_lines_to_paste_are_at_most_five(host):
-    (block,) = blocks(host)
+    block = blocks(host)[0]
     assert sum(line != "" and not line.startswith("#") for line in block.splitlines()) <= 5
 
 
@@ -61,8 +69,8 @@ def test_lines_by_hand():
 
 
 def test_every_call_of_the_table_exists():
-    named = set(re.findall(r"`(apply_to_\w+)\(", README.read_text()))
-    assert named == {call.__name__ for call in (apply_to_lightly, apply_to_mae, apply_to_timm, apply_to_vit_mae)}
+    named = set(re.findall(r"`(apply_to_\w+)\(", PAGES[0].read_text()))
+    assert named == {name for name in integrations.__all__ if name.startswith("apply_to_")}
 
 
 def test_hugging_face_lines(tmp_path):
@@ -85,14 +93,45 @@ def test_lightly_lines():
     assert names["evolution"].teacher is names["teacher"]
 
 
-def test_the_other_examples_run():
+def test_lines_of_run_mim(tmp_path):
+    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 96}
+    config = ViTConfig(**sizes, image_size=64, patch_size=16)
+    model, arguments = ViTForMaskedImageModeling(config), TrainingArguments(tmp_path, num_train_epochs=3)
+    names = {"model": model, "training_args": arguments}
+    (block,) = blocks("apply_to_mim")
+    exec(block, names)
+    names["evolution"].set_epoch(2)
+    model.train()(pixel_values=torch.randn(2, 3, 64, 64), bool_masked_pos=torch.zeros(2, 16, dtype=torch.bool))
+    assert names["evolution"].last_mask.sum() == 2 * 10
+    assert names["trainer_callback"](names["evolution"])
+
+
+def test_parts_that_come_with_a_batch():
+    model, labels = MAE(), torch.arange(64 * 64).view(1, 64, 64) // 2048
+    (block,) = blocks("evolution.see(parts=label_maps)")
+    names = {"model": model, "epochs": 1, "label_maps": labels.expand(2, -1, -1)}
+    exec(block, names)
+    names["evolution"].set_epoch(0)  # the last one
+    _, _, mask = model(torch.randn(2, 3, 64, 64))
+    assert (mask.view(2, 2, 32).mean(2).sort(1).values == torch.tensor([0.5, 1.0])).all()  # halves; three quarters go
+
+
+ALONE = [block for block in blocks("") if not re.search(r"\(model\b|\bteacher\.update\(vit\)", block)]
+
+
+@pytest.mark.parametrize("block", ALONE, ids=[block.splitlines()[-1] for block in ALONE])
+def test_examples_that_stand_alone(block):
     names = {}
-    for block in blocks("import torch\n") + blocks("affinity = "):
-        exec(block, names)
-    assert names["visible"].shape == (8, 49, 768)
-    assert names["parts"].shape == (8, 196)
-    assert names["parts"].max() < 10
+    exec(block, names)
+    assert "again" not in names or torch.equal(names["first"], names["again"])
 
 
-def test_the_tables_are_those_of_the_result_files():
-    assert tables.render(README.read_text()) == README.read_text(), "run python benchmarks/tables.py"
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_the_figures_are_those_of_the_result_files(page):
+    assert tables.render(page.read_text()) == page.read_text(), "run python benchmarks/tables.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()) + re.findall(r'src="([^"]+)"', page.read_text()):
+        assert (page.parent / link).exists(), link
