@@ -91,9 +91,9 @@ def photographs(count, size):
     return torch.stack([photos[index % len(photos)].roll(index, -1) for index in range(count)]) * 4 - 2
 
 
-def check_training(evolution, compute_loss, lr):
-    """40 steps, an epoch each: the loss falls while alpha rises to 1."""
-    optimizer = torch.optim.AdamW(evolution.student.parameters(), lr=lr)
+def check_training(evolution, compute_loss, lr, trained=None):
+    """40 steps, an epoch each, of the student or what it is a part of: the loss falls while alpha rises to 1."""
+    optimizer = torch.optim.AdamW((trained or evolution.student).parameters(), lr=lr)
     losses, alphas = [], []
     for step in range(40):
         evolution.set_epoch(step)
