@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["check_grid", "check_number", "check_range", "check_whole", "is_number", "is_whole"]
+__all__ = ["check_grid", "check_number", "check_range", "check_tensor", "check_whole", "is_number", "is_whole"]
 
 
 def is_whole(value: Any) -> bool:
@@ -22,6 +22,12 @@ def is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.ndim == 0 and not value.is_complex()
     return is_whole(value) or isinstance(value, (float, np.floating, torch.SymFloat))
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Raise TypeError where a value is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, but must be a tensor: use torch.as_tensor({name})")
 
 
 def check_whole(name: str, value: Any, least: int, what: str) -> None:

@@ -136,8 +136,8 @@ def try_picture(model: nn.Module, run: Callable[[Tensor], T]) -> tuple[Tensor, T
     raise ValueError(
         f"{type(model).__name__} could not be tried on a picture. Tried: {', '.join(tried)}. Its last error: "
         f"{type(cause).__name__}: {cause}. It must take images [B, C, height, width] alone: pass the encoder that does "
-        "(a model of images and text has one for images), or give it an `img_size`, in pixels, where it takes images "
-        "of one size"
+        "(a model of images and text has one for images). Where it takes images of one size, set "
+        "model.img_size = (height, width), in pixels"
     ) from cause
 
 

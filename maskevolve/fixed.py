@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .functional import MaskedPatches
 from .masks import Masking
@@ -46,7 +46,9 @@ def fixed_masks(masking: Masking, seed: int = 0) -> Iterator[None]:
     """Let a mask remove the same patches in every pass over the same images, as for a validation loss.
 
     The mask of an image depends on the seed and on how many images came before it in the context, in batches of any
-    size. torch's random states are afterwards what they were before. For a patched model, use `Evolution.fixed`.
+    size: `draw` is called for one image at a time. torch's random states are afterwards what they were before. The mask
+    stays that of its epoch, and parts may change: for losses that are to be compared between epochs, use a mask that
+    does not evolve, such as RandomMask(). For a patched model, use `Evolution.fixed`.
 
     Args:
         masking: the mask.
@@ -61,6 +63,11 @@ def fixed_masks(masking: Masking, seed: int = 0) -> Iterator[None]:
         >>> torch.equal(*masks)
         True
     """
+    if not isinstance(masking, nn.Module) or not hasattr(masking, "scores"):
+        raise TypeError(
+            f"masking is a {type(masking).__name__}, but must be a mask, such as RandomMask(); in a patched model, use "
+            "`with evolution.fixed(seed):`"
+        )
     draws, own, before = FixedDraws(seed), masking.forward, vars(masking).get("forward")
 
     def forward(

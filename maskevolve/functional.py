@@ -45,12 +45,15 @@ class MaskedPatches(NamedTuple):
     """[B, N] int64: the inverse of the shuffle; ``ids_restore < N_keep`` are the patches that stay."""
 
 
-def resolve_grid(num_patches: int, grid_size: GridSize | None) -> tuple[int, int]:
-    """The grid (H, W) that holds `num_patches`; a square one where `grid_size` is None.
+def resolve_grid(
+    num_patches: int, grid_size: GridSize | None, image_size: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """The grid (H, W) that holds `num_patches`; where `grid_size` is None, that of square patches, or a square one.
 
     Args:
         num_patches: number of patches N of one image.
         grid_size: None, the side of a square grid, or (H, W), in patches.
+        image_size: (height, width) of the images, in pixels, where they are known.
 
     Returns:
         (H, W) with H * W == num_patches.
@@ -59,9 +62,13 @@ def resolve_grid(num_patches: int, grid_size: GridSize | None) -> tuple[int, int
         ValueError: where no such grid exists.
 
     Example:
-        >>> resolve_grid(196, None), resolve_grid(12, (3, 4))
-        ((14, 14), (3, 4))
+        >>> resolve_grid(196, None), resolve_grid(12, (3, 4)), resolve_grid(256, None, image_size=(128, 512))
+        ((14, 14), (3, 4), (8, 32))
     """
+    if grid_size is None and image_size is not None:
+        side = math.isqrt(image_size[0] * image_size[1] // max(num_patches, 1))
+        if side and (image_size[0] // side) * (image_size[1] // side) == num_patches:
+            return image_size[0] // side, image_size[1] // side
     if grid_size is None:
         side = math.isqrt(num_patches)
         if side * side != num_patches:

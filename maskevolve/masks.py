@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -442,4 +443,10 @@ def _set_epoch_inside(module: nn.Module, epoch: float) -> None:
 
 def _read_alpha(masking: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(masking, EvolvingMask)
-    masking._alpha = float(masking.alpha)
+    masking._alpha, epoch = float(masking.alpha), float(masking.epoch)
+    expected = alpha_at(epoch, masking.total_epochs, masking.power)
+    if masking._alpha > 0 and not math.isclose(masking._alpha, expected, rel_tol=0.01, abs_tol=1e-3):
+        raise ValueError(
+            f"the saved state has alpha={masking._alpha:.4g} in epoch {epoch:g}, where this mask of total_epochs="
+            f"{masking.total_epochs:g} has {expected:.4g}: make it with the total_epochs and the power of the saved one"
+        )

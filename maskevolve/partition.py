@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import check_number, check_whole
+from .checks import check_number, check_tensor, check_whole
 from .edges import affinity_edges, contrast_edges, neighbours_at, or_one, patch_sums
 from .functional import GridSize, resolve_grid
 from .mincut import SOLVERS, grid_min_cut
@@ -165,7 +165,8 @@ class GraphCutPartitioner(_Partitioner):
             affinity: [B, N, N] or [B, heads, N, N], any float type, >= 0: how much the patches of an image belong
                 together. Its scale does not matter; it need not be symmetric. NaN, inf and values below 0 count as 0.
             num_parts: number of parts K; that of the partitioner where None.
-            grid_size: the side of a square patch grid, or (H, W), in patches; a square where None.
+            grid_size: the side of a square patch grid, or (H, W), in patches; where None, that which square patches of
+                the images make, or a square.
             images: [B, C, height, width], whose height and width are multiples of H and W; any number of channels, any
                 float or integer type. The scale and the offset of each channel do not matter, nor does the order of
                 the channels; those of one value change nothing. NaN and inf count as 0.
@@ -193,10 +194,11 @@ class GraphCutPartitioner(_Partitioner):
             PartHierarchy: ``.cut(K)`` is the partition into at most K parts, for every K up to num_parts.
         """
         num_parts = self.num_parts if num_parts is None else _whole(num_parts)
+        check_tensor("affinity", affinity)
         with torch.autocast(affinity.device.type, enabled=False):
             affinity = self._clean(affinity)
             affinity = affinity + affinity.mT
-            grid = resolve_grid(affinity.shape[1], grid_size)
+            grid = resolve_grid(affinity.shape[1], grid_size, _size(images))
             edges = self._edges(affinity, grid, images)
             parts, gains = whole_images(_gram(affinity)), list[Tensor]()
             for _ in range(_depth(num_parts, affinity.shape[1])):
@@ -256,6 +258,7 @@ class EMPartitioner(_Partitioner):
             parts [B, N] int64: labels 0..k-1 without gaps in each image, k <= K.
         """
         num_parts = self.num_parts if num_parts is None else _whole(num_parts)
+        check_tensor("affinity", affinity)
         with torch.autocast(affinity.device.type, enabled=False):
             affinity = self._clean(affinity).float()
             resolve_grid(affinity.shape[1], grid_size)
@@ -328,7 +331,12 @@ def _renumber(labels: Tensor, limit: int) -> Tensor:
     return (present.cumsum(1) - 1).gather(1, labels)
 
 
+def _size(images: Tensor | None) -> tuple[int, int] | None:
+    return None if images is None or images.ndim != 4 else (images.shape[2], images.shape[3])
+
+
 def _check_images(images: Tensor, affinity: Tensor, grid: tuple[int, int]) -> None:
+    check_tensor("images", images)
     fits = images.ndim == 4 and len(images) == len(affinity) and images.shape[1] > 0
     if not fits or any(side == 0 or side % cells for side, cells in zip(images.shape[2:], grid, strict=True)):
         raise ValueError(

@@ -305,7 +305,14 @@ class FrozenTeacher(_Teacher):
         if parameters[0].device != images.device:
             self.model.to(images.device)
         seen = _in_dtype(images, [parameter.dtype for parameter in parameters])
-        return _Affinity(self.model, self.layers)(seen), self._grid_and_images(self.model, images)
+        try:
+            affinity = _Affinity(self.model, self.layers)(seen)
+        except Exception as error:
+            raise ValueError(
+                f"the frozen {type(self.model).__name__} cannot read images of shape {list(seen.shape)}: {error}. "
+                "Bring images to what it takes with transform=..., such as torch.nn.Upsample((height, width))"
+            ) from error
+        return affinity, self._grid_and_images(self.model, images)
 
     def _transformed(self, images: Tensor) -> Tensor:
         if self.transform is None:

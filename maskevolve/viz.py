@@ -174,11 +174,14 @@ def _channels_last(image: Any) -> Picture:
     if isinstance(image, Tensor):
         image = image.detach().cpu()
         image = image.float().numpy() if image.is_floating_point() else image.numpy()
+    if image.ndim == 2 or (image.ndim == 3 and 1 in (image.shape[0], image.shape[2])):  # grey
+        image = image.reshape(*image.shape[:2], 1) if image.ndim == 2 or image.shape[2] == 1 else image[0][..., None]
+        image, channels_first = image.repeat(3, 2), False
     channels_first |= image.shape[-1] != 3
     if image.ndim != 3 or image.shape[0 if channels_first else 2] != 3:
         raise ValueError(
-            f"image has shape {list(image.shape)}, but must be [3, height, width], or as an array [height, width, 3], "
-            "floats in [0, 1] or uint8"
+            f"image has shape {list(image.shape)}, but must be [3, height, width] or, in grey, [1, height, width], or "
+            "an array with the channels last, floats in [0, 1] or uint8: choose three of more channels"
         )
     picture: Picture = (image.transpose(1, 2, 0) if channels_first else image).astype(np.float32)
     return picture / np.float32(255) if image.dtype == np.uint8 else picture
@@ -187,7 +190,8 @@ def _channels_last(image: Any) -> Picture:
 def _palette(count: int) -> Picture:
     """[count, 3]: colours whose neighbours in this order lie far apart."""
     hues = (0.6180339887 * place % 1 for place in range(count))  # of the golden ratio: an even spread at any count
-    colours = [colorsys.hsv_to_rgb(hue, 0.9, (0.65, 1.0)[place % 2]) for place, hue in enumerate(hues)]
+    shades = ((0.9, 1.0), (0.9, 0.55), (0.45, 1.0))  # saturation and value
+    colours = [colorsys.hsv_to_rgb(hue, *shades[place % 3]) for place, hue in enumerate(hues)]
     return np.array(colours, dtype=np.float32)
 
 
@@ -196,7 +200,7 @@ def _to_pixels(patches: Any, grid_size: GridSize | None, picture: Picture) -> np
     patches = torch.as_tensor(patches)
     if patches.ndim != 1:
         raise ValueError(f"one image has one value a patch, [N], but got {list(patches.shape)}: index the batch first")
-    height, width = resolve_grid(len(patches), grid_size)
+    height, width = resolve_grid(len(patches), grid_size, picture.shape[:2])
     grid = patches.detach().to("cpu", torch.int64).view(height, width).numpy()
     rows = np.arange(picture.shape[0]) * height // picture.shape[0]
     columns = np.arange(picture.shape[1]) * width // picture.shape[1]

@@ -493,7 +493,9 @@ class TestHookedIsNotUsed:
             make(20).load_state_dict(state)
         make(10).load_state_dict(state)
         del state["total_epochs"]  # as older versions saved it
-        make(20).load_state_dict(state)
+        make(10).load_state_dict(state)
+        with pytest.raises(ValueError, match=r"alpha=0\.7746 in epoch 5.*total_epochs=20"):
+            make(20).load_state_dict(state)
 
 
 def test_the_last_mask_and_parts_are_at_hand_and_in_no_state():
@@ -572,3 +574,21 @@ class TestFixedMasks:
         assert torch.equal(self.masks_of(evolution, compiled, images, 2), first)
         assert not torch.equal(compiled(images)[2], first)
         torch._dynamo.reset()
+
+
+def test_a_checkpoint_that_holds_more_is_named():
+    model = MAE()
+    evolution = apply_to_mae(model, EvolvingMask(4), make_teacher(model, total_epochs=4))
+    with pytest.raises(ValueError, match=r"no state of an evolution.*keys model, evolution"):
+        evolution.load_state_dict({"model": {}, "evolution": evolution.state_dict()})
+
+
+def test_what_is_no_mask_and_no_labels_is_named():
+    model = MAE()
+    with pytest.raises(TypeError, match=r"masking is a MAE.*evolution\.fixed\(seed\)"), fixed_masks(model):
+        pass
+    evolution = apply_to_mae(model, EvolvingMask(4), nn.Identity()).set_epoch(2)
+    with pytest.raises(ValueError, match=r"torch\.float32.*FrozenTeacher\(vit"):
+        model(torch.randn(2, 3, 64, 64))
+    with pytest.raises(ValueError, match=r"torch\.int64 and shape \[2, 64\].*see\(parts=labels\)"):
+        evolution.see(torch.zeros(2, 64, dtype=torch.long))

@@ -688,3 +688,14 @@ def test_another_default_dtype_and_a_teacher(float64_by_default):
     parts = teacher(torch.rand(2, 3, 32, 32))
     assert parts.max() > 0
     assert halfway()(torch.rand(2, parts.shape[1], 4), parts=parts).visible.dtype == torch.float64
+
+
+@pytest.mark.parametrize("made", [{"total_epochs": 20}, {"total_epochs": 10, "power": 1}])
+def test_a_state_of_another_schedule_is_refused(made):
+    state = EvolvingMask(10).set_epoch(4).state_dict()
+    with pytest.raises(ValueError, match=r"alpha=0\.7071 in epoch 4.*total_epochs="):
+        EvolvingMask(**made).load_state_dict(state)
+    EvolvingMask(**made).load_state_dict(EvolvingMask(10).state_dict())  # before the first epoch
+    masking = EvolvingMask(10)
+    masking.load_state_dict(state)
+    assert masking.needs_parts

@@ -280,3 +280,20 @@ def test_any_float_type(dtype):
 def test_bad_settings(make):
     with pytest.raises(ValueError, match=r"num_parts=|smoothness=|'magic'"):
         make()
+
+
+def test_the_grid_follows_from_images_that_are_not_square():
+    images = torch.rand(2, 3, 32, 128, generator=torch.Generator().manual_seed(0))
+    affinity = torch.rand(2, 256, 256, generator=torch.Generator().manual_seed(1))
+    expected = GraphCutPartitioner(5)(affinity, grid_size=(8, 32), images=images)
+    assert torch.equal(GraphCutPartitioner(5)(affinity, images=images), expected)
+    assert not torch.equal(GraphCutPartitioner(5)(affinity, grid_size=16, images=images), expected)
+
+
+def test_arrays_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"affinity is a ndarray.*torch\.as_tensor\(affinity\)"):
+        GraphCutPartitioner(2)(torch.rand(1, 16, 16).numpy())
+    with pytest.raises(TypeError, match="affinity is a list"):
+        EMPartitioner(2)([[1.0]])
+    with pytest.raises(TypeError, match=r"images is a ndarray.*torch\.as_tensor\(images\)"):
+        GraphCutPartitioner(2)(torch.rand(1, 16, 16), images=torch.rand(1, 3, 8, 8).numpy())

@@ -136,9 +136,24 @@ def test_the_picture_is_seen_through_the_colours():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match=r"\[1, 8, 8\]"):
-        mask_picture(torch.zeros(1, 8, 8), torch.zeros(4))
+    with pytest.raises(ValueError, match=r"\[2, 8, 8\]"):
+        mask_picture(torch.zeros(2, 8, 8), torch.zeros(4))
     with pytest.raises(ValueError, match=r"\[2, 4\]"):
         mask_picture(torch.zeros(3, 8, 8), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="N=5"):
         part_picture(torch.zeros(3, 8, 8), torch.zeros(5))
+
+
+def test_grey_pictures():
+    grey, parts = torch.rand(32, 32), torch.arange(16) // 4
+    expected = part_picture(grey.expand(3, -1, -1), parts)
+    for image in (grey, grey[None], grey[..., None].numpy(), grey.numpy()):
+        assert np.array_equal(part_picture(image, parts), expected)
+    with pytest.raises(ValueError, match="choose three of more channels"):
+        part_picture(torch.rand(13, 32, 32), parts)
+
+
+def test_the_grid_of_pictures_that_are_not_square():
+    picture = part_picture(torch.zeros(3, 16, 64), torch.arange(64) % 16, colours=True)
+    columns = picture.reshape(4, 4, 16, 4, 3)
+    assert np.array_equal(columns, np.broadcast_to(columns[:1, :1, :, :1], columns.shape))

@@ -179,6 +179,11 @@ class Evolution:
         """
         if images is None and parts is None:
             raise ValueError("see() got neither images nor parts: pass images=..., parts=..., or both")
+        if images is not None and images.ndim < 4 and not images.is_floating_point():
+            raise ValueError(
+                f"images has dtype {images.dtype} and shape {list(images.shape)}, as labels have: call "
+                "see(parts=labels)"
+            )
         if images is not None:
             self._seen.images = images
         if parts is None or not self._takes_parts:
@@ -222,6 +227,11 @@ class Evolution:
             ValueError: where the state has a teacher and this has none, or the other way round, or where it is that of
                 a training of another length.
         """
+        if not {"masking", "teacher"} <= state.keys():
+            raise ValueError(
+                f"this is no state of an evolution, for it has the keys {', '.join(map(str, state))}: pass what "
+                "evolution.state_dict() returned"
+            )
         if (state["teacher"] is None) == self._has_state:
             ours, theirs = ("a teacher", "none") if self._has_state else ("no teacher", "one")
             raise ValueError(

@@ -47,7 +47,10 @@ def check_labels(labels: Any) -> Tensor:
         raise TypeError(f"parts is a {type(labels).__name__}, but must be a tensor: use torch.stack or torch.as_tensor")
     parts: Tensor = torch.as_tensor(labels).as_subclass(Tensor)
     if parts.is_floating_point() or parts.is_complex():
-        raise ValueError(f"parts has dtype {parts.dtype}: labels are integers, use parts.long()")
+        raise ValueError(
+            f"parts has dtype {parts.dtype}, but labels are integers: use parts.long() where they are labels; where a "
+            "ViT is to cut the parts, pass FrozenTeacher(vit, GraphCutPartitioner(), total_epochs=epochs)"
+        )
     if parts.ndim not in (2, 3):
         raise ValueError(
             f"parts has shape {list(parts.shape)}, but must be [B, N], a label for each patch, or [B, h, w], a map of "
