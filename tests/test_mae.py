@@ -2,13 +2,13 @@
 
 import copy
 import json
-import os
 import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from test_pretrain import equal
@@ -22,7 +22,6 @@ from maskevolve.integrations import Evolution, apply_to_mae
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FORK = Path(__file__).parent / "mae_fork"
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 
 def make_teacher(model, **options):
@@ -448,21 +447,18 @@ def images(tmp_path_factory):
     return folder
 
 
-def launch(*options, ranks=1, fails=False):
+def launch(*options, folder, ranks=1):
     """What the launcher of examples/mae prints, run on the stand-in for a fork."""
-    python = [sys.executable] if ranks == 1 else [*TORCHRUN, f"--nproc_per_node={ranks}"]
     ours, theirs = options[: options.index("--")], options[options.index("--") :]
-    command = [*python, EXAMPLES / "mae" / "pretrain.py", "--mae", FORK, *ours, *theirs, "--device", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(FORK.parent), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
-    assert (run.returncode != 0) == fails, run.stderr
-    return run.stderr if fails else run.stdout
+    command = [EXAMPLES / "mae" / "pretrain.py", "--mae", FORK, *ours, *theirs, "--device", "cpu"]
+    processes.start_script(*command, "--output_dir", folder, folder=folder, ranks=ranks, path=[FORK.parent])
+    return (folder / "0.out").read_text()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_launcher(images, tmp_path, ranks):
     ours = ("--ema-decay", 0.9, "--num-parts", 8, 4, "--", "--data_path", images, "--accum_iter", 2)
-    log = launch(*ours, "--output_dir", tmp_path / "whole", ranks=ranks)
+    log = launch(*ours, folder=tmp_path / "whole", ranks=ranks)
     losses = [json.loads(line)["loss"] for line in log.splitlines() if line.startswith("{")]
     assert len(losses) == 3
     assert losses[2] < losses[0]
@@ -472,7 +468,7 @@ def test_launcher(images, tmp_path, ranks):
         ("2", "1.000", "4"),
     ]
 
-    launch(*ours, "--output_dir", tmp_path / "resumed", "--resume", tmp_path / "whole/checkpoint-0.pth", ranks=ranks)
+    launch(*ours, "--resume", tmp_path / "whole/checkpoint-0.pth", folder=tmp_path / "resumed", ranks=ranks)
     paths = (tmp_path / run / "checkpoint-2.pth" for run in ("whole", "resumed"))
     whole, resumed = (torch.load(path, weights_only=False) for path in paths)
     del whole["args"], resumed["args"]
@@ -483,17 +479,18 @@ def test_launcher(images, tmp_path, ranks):
 
 
 def test_launcher_with_the_masks_of_the_fork(images, tmp_path):
-    log = launch("--mask", "own", "--", "--data_path", images, "--epochs", 1, "--output_dir", tmp_path)
+    own, ours = tmp_path / "own", tmp_path / "ours"
+    log = launch("--mask", "own", "--", "--data_path", images, "--epochs", 1, folder=own)
     assert "masks" not in log
     assert "loss" in log
-    log = launch(
-        *("--mask", "evolving-block", "--", "--data_path", images, "--epochs", 2, "--output_dir", tmp_path),
-        *("--resume", tmp_path / "checkpoint-0.pth"),
-    )
+    options = ("--data_path", images, "--epochs", 2, "--resume", own / "checkpoint-0.pth")
+    log = launch("--mask", "evolving-block", "--", *options, folder=ours)
     assert "saved without evolving masks" in log
     assert "masks of epoch 1: EvolvingMask, alpha 1.000" in log
 
 
 def test_launcher_without_a_fork(tmp_path):
-    error = launch("--mae", tmp_path, "--", fails=True)
-    assert "holds no main_pretrain.py: git clone" in error
+    command = [sys.executable, EXAMPLES / "mae" / "pretrain.py", "--mae", tmp_path, "--"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "holds no main_pretrain.py: git clone" in run.stderr
