@@ -9,12 +9,19 @@ import torch
 from torch import multiprocessing
 from torch.distributed import TCPStore
 
-PACKAGES = ["timm", "torchvision", "transformers.trainer", "lightly.models", "pytorch_lightning"]
+PACKAGES = ["timm", "torchvision", "transformers.trainer", "lightly.models", "pytorch_lightning", "scipy.stats"]
+
+
+def context():
+    """Of multiprocessing, with the server."""
+    forkserver = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload(PACKAGES)
+    return forkserver
 
 
 def start(function, *args, ranks=1):
     """Run function(rank, *args) in one process a rank; the first that fails stops all of them."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PACKAGES)
+    context()
     multiprocessing.start_processes(_begin, (function, args), ranks, start_method="forkserver")
 
 
