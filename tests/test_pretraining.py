@@ -265,7 +265,8 @@ def test_crops_lie_in_the_picture_and_differ(data):
 
 
 def test_workers_share_the_runs_and_a_second_command_makes_none_again(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(pretraining.multiprocessing, "get_context", lambda method, context=processes.context(): context)
+    forkserver = processes.context()
+    monkeypatch.setattr(pretraining.multiprocessing, "get_context", lambda method: forkserver)
     options = ["--data", folder, "--size", "ci", "--device", "cpu", "--masks", "random", "grid to block"]
     options += ["--seeds", 0, 1, "--workers", 2, "--out", tmp_path / "out", "--runs", tmp_path / "runs"]
     pretraining.main([str(option) for option in options])

@@ -233,7 +233,7 @@ class TestEverydayTraining:
     @pytest.mark.parametrize("name", ["plain", "EVA"])
     def test_compiled_whole(self, name):
         torch._dynamo.reset()
-        vit, size = make(name)
+        vit, size = make(name, depth=1)
         evolution, images = evolving(vit), torch.randn(2, 3, *size)
         expected = gradients(vit, images)
         compiled = torch.compile(vit, backend="aot_eager")
@@ -246,7 +246,7 @@ class TestEverydayTraining:
 
     def test_masks_without_a_teacher_need_no_graph_break(self):
         torch._dynamo.reset()
-        vit, size = make("plain")
+        vit, size = make("plain", depth=1)
         apply_to_timm(vit, EvolvingMask(10, end=BlockMask())).set_epoch(5)
         compiled = torch.compile(vit, backend="aot_eager", fullgraph=True)
         assert compiled(torch.randn(2, 3, *size)).shape == (2, 5)
