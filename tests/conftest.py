@@ -10,4 +10,4 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, on the CPU
 
 # Programs that tests run, not tests.
-collect_ignore = ["mae_fork", "ranks.py", "timm_train.py", "trainers.py"]
+collect_ignore = ["mae_fork", "processes.py", "ranks.py", "timm_train.py", "trainers.py"]

@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import processes
 import timm
 import torch
 from torch import distributed as dist
@@ -18,12 +19,11 @@ RANKS = 2
 
 def on_ranks(job, folder):
     """Run job(rank) in two processes, and return what it returned in each."""
-    torch.multiprocessing.spawn(_join, (job, folder), RANKS)
+    processes.start(_join, job, folder, ranks=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
 def _join(rank, job, folder):
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
     torch.save(job(rank), folder / f"{rank}.pt")
     dist.destroy_process_group()

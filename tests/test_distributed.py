@@ -1,10 +1,12 @@
 """Two processes (gloo): each draws masks of its own, all have one teacher, and runs can be repeated and resumed."""
 
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import ranks
 import torch
@@ -86,12 +88,28 @@ def test_fully_sharded_by_fsdp1(tmp_path):
 
 @pytest.mark.parametrize("trainer", ["hugging_face", "lightly"])
 def test_trainers_under_torchrun(tmp_path, trainer):
-    worker = str(Path(__file__).with_name("trainers.py"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*torchrun, worker, trainer, str(tmp_path)], check=True, capture_output=True)
+    processes.start_script(Path(__file__).with_name("trainers.py"), trainer, tmp_path, folder=tmp_path, ranks=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert len(first["masks"]) == len(second["masks"]) == 4
     assert not any(map(torch.equal, first["masks"], second["masks"]))
     assert equal(first["model"], second["model"])
     assert equal(first["evolution"]["teacher"], second["evolution"]["teacher"])
     assert first["evolution"]["teacher"]["model.n_averaged"] == 4
+
+
+def test_processes_are_told_what_torchrun_tells(tmp_path):
+    """For torchrun itself has to import torch anew: the other tests do without it."""
+    script = tmp_path / "environment.py"
+    script.write_text(
+        "import json, os, sys; json.dump(dict(os.environ), open(f\"{sys.argv[1]}/{os.environ['RANK']}\", 'w'))"
+    )
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    theirs.mkdir()
+    processes.start_script(script, ours, folder=ours, ranks=2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*torchrun, script, theirs], check=True)
+    for rank in ("0", "1"):
+        told, expected = (json.loads((folder / rank).read_text()) for folder in (ours, theirs))
+        names = {*processes.RANKS, *processes.torchrun_environment(2, 0)} - {"MASTER_PORT", "TORCHELASTIC_RUN_ID"}
+        assert {name: told[name] for name in names} == {name: expected[name] for name in names}
+        assert told["MASTER_PORT"].isdigit()

@@ -37,11 +37,11 @@ def both_ways(masking, x, mask_ratio, **options):
 
 
 @pytest.mark.parametrize("make", MASKS.values(), ids=MASKS.keys())
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5, deadline=None)  # interpreted, a sort is slow: test_sizes has the large ones
 @given(
-    batch_size=st.integers(1, 3),
-    height=st.integers(1, 17),
-    width=st.integers(1, 17),
+    batch_size=st.integers(1, 2),
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
     channels=st.sampled_from([1, 3, 8, 1025]),
     mask_ratio=st.floats(0, 0.99, allow_subnormal=False),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
@@ -74,10 +74,10 @@ def test_every_blend_has_the_same_bits(masking):
         assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("num_patches", [1, 16, 784])
-def test_sizes(num_patches):
-    scores = torch.rand(2, num_patches, generator=seeded()).round(decimals=1)
-    key = shuffle.random_key(2, None, seeded())
+@pytest.mark.parametrize(("batch_size", "num_patches"), [(2, 1), (2, 16), (2, 17), (1, 784)])
+def test_sizes(batch_size, num_patches):
+    scores = torch.rand(batch_size, num_patches, generator=seeded()).round(decimals=1)
+    key = shuffle.random_key(batch_size, None, seeded())
     keep = (num_patches + 3) // 4
     expected = shuffle.shuffle(scores, key, num_patches, keep)
     ours = kernels.shuffle(scores, key, num_patches, keep)

@@ -63,7 +63,7 @@ capacities = {"largest": st.sampled_from([0, 1, 3, 1000, 10**6]), "sparse": st.s
 
 
 @pytest.mark.parametrize("solver", ["pymaxflow", "torch"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(**sizes, **capacities)
 def test_cut_is_that_of_scipys_flow(solver, height, width, largest, sparse, seed):
     source, sink, capacity = random_grid(height, width, largest, sparse, seed)
@@ -80,10 +80,11 @@ def test_solvers_return_the_same_bits(height, width, seed, largest, sparse):
     assert torch.equal(grid_min_cut(*grid, solver="pymaxflow"), grid_min_cut(*grid, solver="torch"))
 
 
-@settings(max_examples=15, deadline=None)  # an interpreted kernel is slow
-@given(**sizes, largest=st.sampled_from([1, 50, 2**31 - 1]), sparse=st.sampled_from([0, 0.5]), rounds=st.integers(0, 2))
-def test_kernel_returns_the_same_bits_whatever_its_bound(height, width, seed, largest, sparse, rounds):
-    grid = random_grid(height, width, largest, sparse, seed, batch_size=2)
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+@settings(max_examples=4, deadline=None)  # an interpreted kernel is slow
+@given(**sizes, largest=st.sampled_from([1, 50, 2**31 - 1]), sparse=st.sampled_from([0, 0.5]))
+def test_kernel_returns_the_same_bits_whatever_its_bound(rounds, height, width, seed, largest, sparse):
+    grid = random_grid(height, width, largest, sparse, seed)
     assert torch.equal(triton_min_cut(*grid, rounds=rounds), grid_min_cut(*grid, solver="torch"))
 
 
@@ -103,9 +104,9 @@ def test_the_kernel_needs_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_images_of_a_batch_are_cut_each_for_itself(solver):
-    grids = random_grid(6, 5, 100, 0.3, seed=1, batch_size=4)
+    grids = random_grid(4, 5, 100, 0.3, seed=1, batch_size=3)
     together = grid_min_cut(*grids, solver=solver)
-    alone = [grid_min_cut(*(tensor[i : i + 1] for tensor in grids), solver=solver) for i in range(4)]
+    alone = [grid_min_cut(*(tensor[i : i + 1] for tensor in grids), solver=solver) for i in range(3)]
     assert torch.equal(together, torch.cat(alone))
 
 

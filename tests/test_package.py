@@ -1,5 +1,6 @@
 """The package: what importing it loads, what it exports, what its wheel holds."""
 
+import json
 import subprocess
 import sys
 import tarfile
@@ -9,57 +10,99 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+HOSTS = {"timm", "transformers", "lightly", "pytorch_lightning", "lightning", "stable_pretraining"}
 
 
 def python(code):
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    """What an interpreter of its own prints, one JSON value a line."""
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return [json.loads(line) for line in out.splitlines()]
 
 
-def test_import_needs_none_of_the_optional_packages():
-    loaded = python(
-        "import sys, torch; before = set(sys.modules); import maskevolve; print(*set(sys.modules) - before)"
-    )
-    assert "maskevolve.masks" in loaded
-    roots = {name.split(".")[0] for name in loaded}
-    assert not roots & {"timm", "torchvision", "matplotlib", "triton", "maxflow", "scipy", "transformers", "lightly"}
-
-
-def test_using_the_torch_solver_never_links_pymaxflow():
+@pytest.fixture(scope="module")
+def imported():
+    """One process imports the package, then its integrations, then cuts, with and without what it may use."""
+    names = ("package", "integrations", "torch solver", "pymaxflow", "no pymaxflow")
     code = """if True:
-        import sys, torch
+        import json, sys, torch
+        before = set(sys.modules)
+        def tell(fact): print(json.dumps(fact))
+        def loaded(): return sorted(set(sys.modules) - before)
+
+        import maskevolve
+        tell(loaded())
+        import maskevolve.integrations
+        tell(loaded())
+
         from maskevolve import GraphCutPartitioner
-        GraphCutPartitioner(solver="torch")(torch.rand(1, 16, 16))
-        print("maxflow" in sys.modules)
-        GraphCutPartitioner(solver="pymaxflow")(torch.rand(1, 16, 16))
-        print("maxflow" in sys.modules)"""
-    assert python(code) == ["False", "True"]
+        attention = torch.rand(1, 16, 16)
+        GraphCutPartitioner(solver="torch")(attention)
+        tell("maxflow" in sys.modules)
+        GraphCutPartitioner(solver="pymaxflow")(attention)
+        tell("maxflow" in sys.modules)
 
-
-def test_works_without_pymaxflow_and_says_what_to_install():
-    code = """if True:
-        import sys, torch
         sys.modules["maxflow"] = None
-        from maskevolve import GraphCutPartitioner
         try:
-            GraphCutPartitioner(solver="pymaxflow")(torch.rand(1, 16, 16))
+            GraphCutPartitioner(solver="pymaxflow")(attention)
         except ImportError as error:
-            print(error)"""
-    assert "PyMaxflow" in " ".join(python(code))
+            tell(str(error))"""
+    return dict(zip(names, python(code), strict=True))
 
 
-def test_works_without_triton_and_says_what_to_install():
-    code = """if True:
-        import sys, torch, warnings
-        sys.modules["triton"] = None
+def test_import_needs_none_of_the_optional_packages(imported):
+    assert "maskevolve.masks" in imported["package"]
+    roots = {name.split(".")[0] for name in imported["package"]}
+    assert not roots & {*HOSTS, "torchvision", "matplotlib", "triton", "maxflow", "scipy"}
+
+
+def test_integrations_load_no_host(imported):
+    assert "maskevolve.integrations.mae" in imported["integrations"]
+    assert not {name.split(".")[0] for name in imported["integrations"]} & HOSTS
+
+
+def test_using_the_torch_solver_never_links_pymaxflow(imported):
+    assert not imported["torch solver"]
+    assert imported["pymaxflow"]
+
+
+def test_works_without_pymaxflow_and_says_what_to_install(imported):
+    assert "PyMaxflow" in imported["no pymaxflow"]
+
+
+@pytest.fixture(scope="module")
+def bare():
+    """One process in which neither Triton nor any host can be imported: what it is told to install."""
+    code = f"""if True:
+        import json, sys, torch, warnings
+        sys.modules.update(dict.fromkeys({["triton", *HOSTS]}))
         warnings.simplefilter("error")
         from maskevolve import EvolvingMask, GraphCutPartitioner
+        from maskevolve.integrations import apply_to_lightly, lightning_callback, trainer_callback
         parts = GraphCutPartitioner()(torch.rand(1, 16, 16))
         EvolvingMask(1).set_epoch(0)(torch.rand(1, 16, 3), parts=parts)
-        try:
-            GraphCutPartitioner(solver="triton")(torch.rand(1, 16, 16))
-        except ImportError as error:
-            print(error)"""
-    assert "pip install triton" in " ".join(python(code))
+        for call in (
+            lambda: GraphCutPartitioner(solver="triton")(torch.rand(1, 16, 16)),
+            lambda: trainer_callback(None),
+            lambda: lightning_callback(None),
+            lambda: apply_to_lightly(torch.nn.Identity(), None),
+        ):
+            try:
+                call()
+            except ImportError as error:
+                print(json.dumps(str(error)))"""
+    return python(code)
+
+
+def test_works_without_triton_and_says_what_to_install(bare):
+    assert "pip install triton" in bare[0]
+
+
+def test_a_missing_host_is_named(bare):
+    assert [message.partition(": pip install ")[2] for message in bare[1:]] == [
+        "'transformers[torch]'",
+        "pytorch-lightning",
+        "'lightly[timm]'",
+    ]
 
 
 @pytest.fixture(scope="module")

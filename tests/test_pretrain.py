@@ -18,6 +18,12 @@ def run(out, *options):
     return torch.load(out / "checkpoint.pt", weights_only=True)
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """For runs whose checkpoints alone are looked at: most of the time of so short a run is drawing."""
+    monkeypatch.setattr(pretrain, "write_results", lambda *_: None)
+
+
 def equal(a, b):
     """Whether two nested states are the same to the bit."""
     if isinstance(a, torch.Tensor):
@@ -42,9 +48,15 @@ def test_every_mask_trains_and_draws(tmp_path, mask):
     assert len(state["snapshots"]) == 5
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(folder, "--epochs", 3)
+
+
 @pytest.mark.parametrize("stop_at", [0, 4, 11])
-def test_a_stopped_run_ends_like_one_that_was_not(tmp_path, monkeypatch, stop_at):
-    whole = run(tmp_path / "whole", "--epochs", 3)
+def test_a_stopped_run_ends_like_one_that_was_not(whole, tmp_path, monkeypatch, stop_at):
+    folder, expected = whole
     update, updates = PartTeacher.update, []
 
     def stop(self, model):
@@ -56,14 +68,13 @@ def test_a_stopped_run_ends_like_one_that_was_not(tmp_path, monkeypatch, stop_at
     with monkeypatch.context() as patch:
         patch.setattr(PartTeacher, "update", stop)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "stopped", "--epochs", 3)
-    resumed = run(tmp_path / "stopped", "--epochs", 3, "--resume")
-    assert equal(whole, resumed)
+            run(tmp_path, "--epochs", 3)
+    assert equal(expected, run(tmp_path, "--epochs", 3, "--resume"))
     for name in ("metrics.jsonl", "evolution.png"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+        assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
-def test_seeds_make_runs(tmp_path):
+def test_seeds_make_runs(no_pictures, tmp_path):
     first = run(tmp_path / "a", "--epochs", 1)
     again = run(tmp_path / "b", "--epochs", 1)
     other = run(tmp_path / "c", "--epochs", 1, "--seed", 4)
@@ -71,7 +82,7 @@ def test_seeds_make_runs(tmp_path):
     assert not equal(first["model"], other["model"])
 
 
-def test_any_folder_of_images(tmp_path):
+def test_any_folder_of_images(no_pictures, tmp_path):
     folder = tmp_path / "data" / "below"
     folder.mkdir(parents=True)
     for index, mode in enumerate(("RGB", "L", "RGBA")):
@@ -84,7 +95,7 @@ def test_any_folder_of_images(tmp_path):
         run(tmp_path / "out2", "--data", tmp_path / "out" / "nothing", "--epochs", 1)
 
 
-def test_a_run_is_not_overwritten_nor_mixed(tmp_path):
+def test_a_run_is_not_overwritten_nor_mixed(no_pictures, tmp_path):
     state = run(tmp_path, "--epochs", 1)
     with pytest.raises(SystemExit, match="already holds a run: add --resume"):
         run(tmp_path, "--epochs", 1)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import mask_runs
 import numpy as np
 import pretraining
+import processes
 import pytest
 import torch
 from mask_runs import MASKS, SIZES, Method, Run, file_name
@@ -263,7 +264,9 @@ def test_crops_lie_in_the_picture_and_differ(data):
     assert bool((images[:, 0, 16].diff(dim=1) != 0).all()), "no crop reaches beyond the picture"
 
 
-def test_workers_share_the_runs_and_a_second_command_makes_none_again(tmp_path, folder, capsys):
+def test_workers_share_the_runs_and_a_second_command_makes_none_again(tmp_path, folder, monkeypatch):
+    forkserver = processes.context()
+    monkeypatch.setattr(pretraining.multiprocessing, "get_context", lambda method: forkserver)
     options = ["--data", folder, "--size", "ci", "--device", "cpu", "--masks", "random", "grid to block"]
     options += ["--seeds", 0, 1, "--workers", 2, "--out", tmp_path / "out", "--runs", tmp_path / "runs"]
     pretraining.main([str(option) for option in options])

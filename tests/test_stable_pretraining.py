@@ -4,11 +4,10 @@ Its installation is heavy, so `.ci/run` gives this file an environment of its ow
 """
 
 import copy
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from test_pretrain import equal
@@ -399,9 +398,8 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path):
 
 
 def test_ranks_draw_different_masks_and_have_one_teacher(tmp_path):
-    worker = str(Path(__file__).with_name("trainers.py"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*torchrun, worker, "stable_pretraining", str(tmp_path)], check=True, capture_output=True)
+    trainers = Path(__file__).with_name("trainers.py")
+    processes.start_script(trainers, "stable_pretraining", tmp_path, folder=tmp_path, ranks=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert len(first["masks"]) == len(second["masks"]) == 4
     assert not any(map(torch.equal, first["masks"], second["masks"]))

@@ -92,7 +92,7 @@ def test_terminals_and_gains_are_those_of_a_plain_loop(patches, dimensions, seed
                     assert [drawn[i] for i in members] == pytest.approx(expected, rel=1e-4, abs=8)
 
 
-@settings(max_examples=8, deadline=None)  # interpreted kernels are slow
+@settings(max_examples=5, deadline=None)  # interpreted kernels are slow
 @given(patches=st.integers(1, 40), dimensions=st.integers(1, 4), seed=st.integers(0, 10**6))
 def test_kernels_have_the_same_bits(patches, dimensions, seed):
     gram = gram_of(random_features(patches, dimensions, seed))
@@ -111,13 +111,12 @@ def fused(monkeypatch):
     monkeypatch.setattr(partition, "whole_images", TritonParts)
 
 
-@pytest.mark.parametrize(("height", "width"), [(10, 10), (5, 9)])
-def test_parts_by_kernels_alone_are_those_of_the_cpu(fused, monkeypatch, height, width):
-    _, attention = planted_attention(1, height, width, 6, strength=0.5, noise=1)
-    parts = GraphCutPartitioner(6, solver="triton")(attention, grid_size=(height, width))
+def test_parts_by_kernels_alone_are_those_of_the_cpu(fused, monkeypatch):
+    _, attention = planted_attention(1, 5, 9, 4, strength=0.5, noise=1)
+    parts = GraphCutPartitioner(4, solver="triton")(attention, grid_size=(5, 9))
     monkeypatch.undo()
-    assert parts.max() == 5
-    assert torch.equal(parts, GraphCutPartitioner(6)(attention, grid_size=(height, width)))
+    assert parts.max() == 3
+    assert torch.equal(parts, GraphCutPartitioner(4)(attention, grid_size=(5, 9)))
 
 
 def test_a_cpu_takes_plain_torch():
