@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 HOME = Path(__file__).parents[1]
-PAGES = [HOME / "README.md", HOME / "docs/costs.md"]
+PAGES = [HOME / "README.md", HOME / "docs/costs.md", HOME / "docs/results.md"]
 RESULTS = Path(__file__).parent / "results"
 PLANTED = "attention, all layers"  # where planted parts stand in the table
 NOT_MEASURED = "No GPU was at hand: these figures are still to be measured on one."
