@@ -343,13 +343,18 @@ def _all_attention(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """All modules that attend, by name, those of a decoder too."""
     inside = set(encoder_of(model).modules())
     named = [(name, module) for name, module in model.named_modules() if module in inside]
-    found = [(name, module) for name, module in named if any(hasattr(module, heads) for heads in HEADS)]
+    found = [(name, module) for name, module in named if _has_heads(module)]
     # Where a block or the whole model has such a name too, the attention is what lies innermost.
     known = {module for _, module in found}
     found = [(name, module) for name, module in found if len(known.intersection(module.modules())) == 1]
     if not found:
         raise RuntimeError(_not_found(model, f"has no attention module, which is one with `{'` or `'.join(HEADS)}`"))
     return found
+
+
+def _has_heads(module: nn.Module) -> bool:
+    # Not hasattr(module, ...), for nn.Module takes its time to say no.
+    return any(heads in vars(module) or hasattr(type(module), heads) for heads in HEADS)
 
 
 def _block_list(model: nn.Module, name: str) -> str | None:

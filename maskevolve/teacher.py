@@ -229,13 +229,13 @@ class PartTeacher(_Teacher):
 
     def _read(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         model = self.model.module
-        read = _Affinity(model, self.layers)
-        dtypes = self._dtypes_of_student()
+        read, dtypes, parameters = _Affinity(model, self.layers), self._dtypes_of_student(), len([*model.parameters()])
+        seen = _in_dtype(images, dtypes[:parameters])
+        if dtypes == [tensor.dtype for tensor in tensors_of(model)]:
+            return read(seen), self._grid_and_images(model, images)
         named = (*read.named_parameters(), *read.named_buffers())
         cast = {name: old.to(new) for (name, old), new in zip(named, dtypes, strict=True) if old.dtype != new}
-        parameters = len(list(model.parameters()))
-        affinity = functional_call(read, cast, (_in_dtype(images, dtypes[:parameters]),))
-        return affinity, self._grid_and_images(model, images)
+        return functional_call(read, cast, (seen,)), self._grid_and_images(model, images)
 
     def _dtypes_of_student(self) -> list[torch.dtype]:
         """Those of the model that this was built from, which may have been cast since, until the first update."""
