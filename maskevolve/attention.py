@@ -64,12 +64,9 @@ def attention_affinity(model: nn.Module, images: Tensor, layers: Sequence[int] |
     reader, watch = _Reader([module for _, module in wanted]), PatchWatch()
     with reader.hooked(), all_patches(model), watch, reader, suppress(_Done):
         encode(model, images)
-    if reader.total is None or reader.left:
-        silent = ", ".join(name for name, module in wanted if module in reader.left)
-        raise RuntimeError(_not_found(model, f"took no softmax attention in {silent}"))
+    total = _all_read(reader, model, wanted)
     watch.check(model, images)
-    prefix = _count_prefix(model, images, reader.total.shape[1])
-    return reader.total[:, prefix:, prefix:] / len(reader.modules)
+    return _between_patches(total, model, images) / len(reader.modules)
 
 
 @torch.no_grad()
@@ -124,6 +121,20 @@ def token_affinity(model: nn.Module, images: Tensor) -> Tensor:
         tokens = tokens.float()
         tokens = nn.functional.normalize(tokens - tokens.mean(1, keepdim=True), dim=2)
         return tokens @ tokens.mT
+
+
+def _all_read(reader: _Reader, model: nn.Module, wanted: Sequence[tuple[str, nn.Module]]) -> Tensor:
+    """The sum of the attention of all modules that were wanted, [B, tokens, tokens]."""
+    if reader.total is None or reader.left:
+        silent = ", ".join(name for name, module in wanted if module in reader.left)
+        raise RuntimeError(_not_found(model, f"took no softmax attention in {silent}"))
+    return reader.total
+
+
+def _between_patches(attention: Tensor, model: nn.Module, images: Tensor) -> Tensor:
+    """[B, tokens, tokens] without the prefix tokens: [B, N, N]."""
+    prefix = _count_prefix(model, images, attention.shape[1])
+    return attention[:, prefix:, prefix:]
 
 
 def _count_prefix(model: nn.Module, images: Tensor, tokens: int) -> int:
@@ -228,16 +239,13 @@ def reading(model: nn.Module, layers: Sequence[int] | None = None) -> Iterator[C
     reader = _Onlooker([module for _, module in wanted])
 
     def affinity(images: Tensor) -> Tensor:
-        if reader.total is None or reader.left:
-            silent = ", ".join(name for name, module in wanted if module in reader.left)
-            raise RuntimeError(_not_found(model, f"took no softmax attention in {silent} while it was read"))
-        if len(reader.total) != len(images):
+        total = _all_read(reader, model, wanted)
+        if len(total) != len(images):
             raise ValueError(
-                f"attention of {len(reader.total)} images was read last, but images has shape {list(images.shape)}: "
+                f"attention of {len(total)} images was read last, but images has shape {list(images.shape)}: "
                 "give the images of the last pass"
             )
-        prefix = _count_prefix(model, images, reader.total.shape[1])
-        return reader.total[:, prefix:, prefix:] / len(reader.modules)
+        return _between_patches(total, model, images) / len(reader.modules)
 
     with reader.hooked(), reader:
         yield affinity
