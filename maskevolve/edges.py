@@ -107,13 +107,13 @@ def patch_sums(images: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     given, images = images, images.to(torch.float32 if exact_in_float32 else wide_dtype(images.device), copy=True)
     images.nan_to_num_(0, 0, 0)
     bad = torch.count_nonzero(given != images) if given.is_floating_point() else images.new_zeros((), dtype=torch.long)
-    low, high = (extreme[..., None, None] for extreme in images.flatten(2).aminmax(dim=2))
+    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     pixels = images[0, 0].numel() // (grid[0] * grid[1])
     scale = max(LARGEST_SUM // pixels, 1) / (high - low)
     scale = torch.where(scale.isfinite(), scale, 0)
     whole = images.sub_(torch.where(scale > 0, low, 0)).mul_(scale).round_()
     patches = whole.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
-    return patches.sum((3, 5)).flatten(2).long(), bad
+    return patches.sum(3).sum(4).flatten(2).long(), bad
 
 
 def or_one(divisor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from .twomeans import exact_dtype, whole_images, wide_dtype
 
 __all__ = ["EMPartitioner", "GraphCutPartitioner", "PartHierarchy"]
 
-EXTRA_LEVELS = 2  # of splits beyond those of a balanced tree, for parts of unequal size
+FEW_PARTS = 16  # up to so many, the tree is two levels deeper than a balanced one; above, one, which changed no measure
 OF_AFFINITY, OF_CONTRAST = 0.3, 16.0  # smoothness where none is given
 SMALL = 8  # parts below this share of an image have weaker contrast edges, lest none of them could be split
 CAUSES = {
@@ -292,9 +292,10 @@ def _weaken(edges: Tensor, labels: Tensor, num_parts: int) -> Tensor:
 
 
 def _depth(num_parts: int, num_patches: int) -> int:
-    """Levels of splits: those of a balanced tree and some more, unless parts would come down to single patches."""
+    """Levels of splits: of a balanced tree and more for unequal parts, unless these would come down to one patch."""
     least = max(min(num_parts, num_patches) - 1, 0).bit_length()
-    return max(1, least, min(least + EXTRA_LEVELS, num_patches.bit_length() - 1))
+    more = 2 if num_parts <= FEW_PARTS else 1
+    return max(1, least, min(least + more, num_patches.bit_length() - 1))
 
 
 def _split_order(gains: list[Tensor], splits: int) -> Tensor:
@@ -314,11 +315,12 @@ def _gram(affinity: Tensor) -> Tensor:
 
     The features are integers too, no longer than 2 ** 12: float32 holds their products, on whatever device.
     """
-    features = affinity.to(wide_dtype(affinity.device), copy=True).sqrt_()  # in place: new memory costs a CPU more
-    features /= or_one(features.norm(dim=2, keepdim=True))
-    features -= features.mean(1, keepdim=True)
-    longest = features.norm(dim=2).amax(1)[:, None, None]
-    features *= torch.where(longest > 1e-6, 4000 / longest, 0)  # below: rounding, not structure
+    wide = wide_dtype(affinity.device)  # for sums: rounded to float32, they hardly depend on their order
+    length = affinity.sum(2, keepdim=True, dtype=wide).sqrt_()
+    features = affinity.float().sqrt().div_(or_one(length).float())
+    features -= features.mean(1, keepdim=True, dtype=wide).float()
+    longest = torch.linalg.vector_norm(features, dim=2, dtype=wide).amax(1)[:, None, None]
+    features *= torch.where(longest > 1e-6, 4000 / longest, 0).float()  # below: rounding, not structure
     integers = features.round_().to(exact_dtype())
     gram = (integers @ integers.mT).float()
     largest = gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
