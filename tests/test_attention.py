@@ -354,7 +354,7 @@ def by_hand(query, key, mask=None, causal=False, scale=None):
 
 
 ALLOWED = torch.rand(9, 9, generator=torch.Generator().manual_seed(0)) > 0.4
-ALLOWED[3] = False
+ALLOWED[3] = torch.__version__ < (2, 5)  # before, torch made NaN of a token that attends to nothing
 BIAS = torch.randn(9, 9, generator=torch.Generator().manual_seed(1))
 
 
@@ -372,7 +372,7 @@ BIAS = torch.randn(9, 9, generator=torch.Generator().manual_seed(1))
         (lambda q, k, v: sdpa(q, k, v, None, 0.5), {}),
     ],
 )
-@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize("key_heads", [4, 2, 1] if torch.__version__ >= (2, 5) else [4])  # enable_gqa is of 2.5
 def test_every_call_of_scaled_dot_product_attention(call, expected, key_heads):
     if key_heads < 4:
         call = grouped(call)

@@ -1,13 +1,18 @@
 """The package: what importing it loads, what it exports, what its wheel holds."""
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
+
+import maskevolve
 
 ROOT = Path(__file__).parents[1]
 HOSTS = {"timm", "transformers", "lightly", "pytorch_lightning", "lightning", "stable_pretraining"}
@@ -58,6 +63,12 @@ def test_import_needs_none_of_the_optional_packages(imported):
 def test_integrations_load_no_host(imported):
     assert "maskevolve.integrations.mae" in imported["integrations"]
     assert not {name.split(".")[0] for name in imported["integrations"]} & HOSTS
+
+
+def test_import_loads_nothing_that_takes_seconds(imported):
+    """Of torch, and of what torch itself imports late: its compiler, sharding, exporters, sympy."""
+    slow = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.distributed.fsdp", "torch.onnx", "sympy")
+    assert not [name for name in imported["integrations"] if name.startswith(slow)]
 
 
 def test_using_the_torch_solver_never_links_pymaxflow(imported):
@@ -124,9 +135,35 @@ def test_wheel_and_sdist_hold_every_module_the_type_marker_and_the_licence(built
     assert modules | {"maskevolve/py.typed", "README.md", "LICENSE", "setup.cfg", "pyproject.toml"} <= inside
 
 
-def test_exports_are_those_of_the_contract():
-    import maskevolve
+def test_wheel_is_small(built):
+    assert next(built.glob("*.whl")).stat().st_size < 200_000
 
+
+def test_every_link_of_the_page_on_pypi_is_whole(built):
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        page = message_from_bytes(wheel.read(name)).get_payload()
+    links = re.findall(r'\]\(([^)]+)|(?:src|srcset|href)="([^"]+)', page)
+    assert links
+    assert all("".join(link).startswith(("https://", "#")) for link in links)
+    code = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+    assert code.findall(page) == code.findall((ROOT / "README.md").read_text())
+
+
+def test_citation_has_the_version_of_the_package():
+    (version,) = re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version == maskevolve.__version__
+
+
+def test_oldest_versions_that_are_tested_are_the_oldest_that_are_allowed():
+    allowed = dict(re.findall(r"^    ([\w-]+)\S*>=([\d.]+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE))
+    tested = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / ".ci/oldest.txt").read_text(), re.MULTILINE))
+    assert {"torch", "numpy", "timm", "transformers"} <= allowed.keys()
+    for name, version in allowed.items():
+        assert Version(tested[name]) == Version(version), name
+
+
+def test_exports_are_those_of_the_contract():
     assert set(maskevolve.__all__) == {
         *("RandomMask", "GridMask", "BlockMask", "PartMask", "EvolvingMask", "MaskedPatches"),
         *("GraphCutPartitioner", "EMPartitioner", "PartTeacher", "FrozenTeacher", "parts_from_segmentation"),

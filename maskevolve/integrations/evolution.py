@@ -107,6 +107,8 @@ class Evolution:
         self._fixed: FixedDraws | None = None
         self._is_removed = False
         self._undo = ExitStack()
+        # No decorators: they import torch's compiler, which takes seconds, as soon as this package is imported.
+        self._mask_eagerly, self._warn_of_epoch = eager(Evolution._mask_with_parts), eager(_warn_of_epoch)
         _evolving.add(model)
         self._undo.callback(_evolving.discard, model)
 
@@ -322,10 +324,10 @@ class Evolution:
         self._watch.is_masked = True
         if not self._has_epoch and self.model.training:
             self._has_epoch = True
-            _warn_of_epoch()
+            self._warn_of_epoch()
         x = x.unflatten(1, grid_size or resolve_grid(x.shape[1], self._grid(x, images)))
         if self._takes_parts or self._fixed is not None or _is_distributed():
-            masked = self._mask_eagerly(x, mask_ratio, images)
+            masked = self._mask_eagerly(self, x, mask_ratio, images)
         else:
             masked = cast(MaskedPatches, self.masking(x, mask_ratio))
         self.last_mask = masked.mask.detach()
@@ -336,8 +338,7 @@ class Evolution:
             return patch_grid(self.model, images)
         return self.masking.grid_size or (1, x.shape[1])  # where patches lie does not matter
 
-    @eager
-    def _mask_eagerly(self, x: Tensor, mask_ratio: float, images: Tensor) -> MaskedPatches:
+    def _mask_with_parts(self, x: Tensor, mask_ratio: float, images: Tensor) -> MaskedPatches:
         """Outside of a compiled model, which can trace neither a teacher nor a generator."""
         if self.masking.needs_parts and self.model.training and torch.is_grad_enabled():
             self._watch.check_updates()
@@ -444,7 +445,6 @@ def _is_alias(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
-@eager
 def _warn_of_epoch() -> None:
     warnings.warn(
         "the masks follow the epoch, which nothing has set: call evolution.set_epoch(epoch) at the start of each "

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .evolution import Evolution, eager
+from .evolution import Evolution
 
 __all__ = ["NaFlexBatch", "drop_patches"]
 
@@ -24,7 +24,6 @@ class NaFlexBatch(NamedTuple):
     """[B, L] bool: False is padding; None where there is none."""
 
 
-@eager
 def drop_patches(evolution: Evolution, batch: NaFlexBatch, embeds: Any, rate: float, count: int) -> Tensor:
     """Which patches stay, when every image loses the same share of its own patches.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..masks import Masking
 from ..teacher import unwrap
-from .evolution import Evolution, Teacher
+from .evolution import Evolution, Teacher, eager
 from .naflex import NaFlexBatch, drop_patches
 
 __all__ = ["apply_to_timm"]
@@ -69,13 +69,14 @@ def apply_to_timm(vit: nn.Module, masking: Masking, teacher: Teacher | None = No
         keep = None
         if module.training and module.prob > 0 and naflex:
             count = max(1, int((x.shape[1] - prefix) * (1 - module.prob)))
-            keep = drop_patches(evolution, naflex[0], vit.embeds, module.prob, count)
+            keep = drop_padded(evolution, naflex[0], vit.embeds, module.prob, count)
             keep = keep.sort(1).values if module.ordered else keep
             x = torch.cat([x[:, :prefix], x[:, prefix:].take_along_dim(keep[..., None], 1)], 1)
         elif module.training and module.prob > 0:
             x, keep = _drop(evolution, x, prefix, module.prob, module.ordered, with_indices)
         return (x, keep) if with_indices else x
 
+    drop_padded = eager(drop_patches)
     evolution.watch(vit.get_submodule(embed))
     naflex: list[NaFlexBatch] = []  # what the ViT was given last, where that was no images
     if embed == "embeds":

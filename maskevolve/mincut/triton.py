@@ -4,8 +4,7 @@ An image's state stays in registers; what nodes tell their neighbours goes throu
 Directions come in four pairs, forth and back, as rows of [4, nodes], and are pushed along four at a time.
 """
 
-from __future__ import annotations
-
+# No annotations of __future__: the interpreter of Triton 3.0, which torch 2.4 brings, looks for constexpr itself.
 import os
 
 import torch

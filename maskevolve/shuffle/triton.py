@@ -3,8 +3,7 @@
 To the bit what `torch.py` does.
 """
 
-from __future__ import annotations
-
+# No annotations of __future__: the interpreter of Triton 3.0, which torch 2.4 brings, looks for constexpr itself.
 import torch
 import triton
 import triton.language as tl

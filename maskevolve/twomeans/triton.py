@@ -4,8 +4,7 @@ To the bit what `torch.py` does. A program takes one part. The patches of a part
 only their rows and columns of the gram matrix: a level costs no more than the one above, and nothing is masked.
 """
 
-from __future__ import annotations
-
+# No annotations of __future__: the interpreter of Triton 3.0, which torch 2.4 brings, looks for constexpr itself.
 from typing import Any
 
 import torch
