@@ -165,7 +165,7 @@ def cut() -> Figure:
     with mock.patch("maskevolve.partition.grid_min_cut", record):
         GraphCutPartitioner().hierarchy(affinity, images=image)
     source, sink, capacity, side = (tensor[0] for tensor in graphs[0])
-    titles = ["affinity to one patch", "edges: weak where dark", "pull to one mean or the other", "the cut"]
+    titles = ["1. affinity to one patch", "2. pull to either mean", "3. edges: cheap where dark", "4. the cut"]
     backdrop = grey(image[0])
     figure = panels([backdrop] * 3 + [part_picture(image[0], side.flatten())], titles, 2)
     row, column = 8, 5
@@ -173,9 +173,9 @@ def cut() -> Figure:
     figure.axes[0].imshow(affinity[0, row * GRID + column].clamp(min=0).view(GRID, GRID).numpy(), cmap="YlOrRd", **over)
     square = plt.Rectangle((16 * column, 16 * row), 16, 16, fill=False, edgecolor="tab:blue", linewidth=2)
     figure.axes[0].add_patch(square)
-    figure.axes[1].add_collection(border_lines(capacity))
+    figure.axes[2].add_collection(border_lines(capacity))
     pull = (source - sink).numpy()
-    figure.axes[2].imshow(pull, cmap="PuOr", vmin=-abs(pull).max(), vmax=abs(pull).max(), **over)
+    figure.axes[1].imshow(pull, cmap="PuOr", vmin=-abs(pull).max(), vmax=abs(pull).max(), **over)
     return figure
 
 
