@@ -130,8 +130,8 @@ def known() -> str:
         found = {row["column"]: row["index"] for row in quality if (row["name"], row["source"]) == (name, source)}
         return f"{found['bsds/test']:.2f} on BSDS500 test and {found['coco']:.2f} on COCO"
 
-    quality = _read("part_quality")["rows"]
-    time = next(row for row in _read("step")["rows"] if row["name"] == "evolving")
+    quality = read("part_quality")["rows"]
+    time = next(row for row in read("step")["rows"] if row["name"] == "evolving")
     return "\n".join(
         [
             "- **Parts.** 10 parts of a picture agree with people's segmentations by an adjusted Rand index of",
@@ -139,12 +139,12 @@ def known() -> str:
             f"  {index('Felzenszwalb', 'pixels')}; for EM, as the paper's authors released it,",
             f"  on the same tokens {index('EM, as released', 'tokens')}.",
             f"- **Time.** A training step of a small MAE takes {_ratio(time)} of the time of one with random masks,",
-            f"  on an {_read('step')['machine']}.",
+            f"  on an {read('step')['machine']}.",
         ]
     )
 
 
-def _read(name: str) -> Any:
+def read(name: str) -> Any:
     """The results of the machine without a GPU."""
     return json.loads((RESULTS / "amd-epyc-2-cores" / f"{name}.json").read_text())
 
