@@ -22,7 +22,8 @@ import sys
 
 if importlib.util.find_spec("maskevolve") is None:  # on Colab
     source = "maskevolve[examples] @ git+https://github.com/maskevolve/maskevolve"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, source], check=True)
 
 # %%
 # %matplotlib inline
@@ -57,18 +58,18 @@ class MAE(nn.Module):
         count = self.patch_embed.num_patches
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.pos_embed = nn.Parameter(0.2 * torch.randn(1, count, width))
-        self.blocks = nn.Sequential(*[Block(width, heads, qkv_bias=True) for _ in range(depth)])
+        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(0.2 * torch.randn(1, 1 + count, width))
-        self.decoder_blocks = nn.Sequential(Block(width, heads, qkv_bias=True))
+        self.decoder_blocks = nn.Sequential(Block(width, heads))
         self.decoder_pred = nn.Linear(width, 3 * patch_size**2)
 
     def random_masking(self, x, mask_ratio):
         keep = int(x.shape[1] * (1 - mask_ratio))
-        shuffle = torch.rand(x.shape[:2], device=x.device).argsort(1)
-        ids_restore = shuffle.argsort(1)
-        visible = x.gather(1, shuffle[:, :keep, None].expand(-1, -1, x.shape[2]))
+        ids = torch.rand(x.shape[:2], device=x.device).argsort(1)
+        ids_restore = ids.argsort(1)
+        visible = x.take_along_dim(ids[:, :keep, None], 1)
         return visible, (ids_restore >= keep).float(), ids_restore
 
     def forward_encoder(self, images, mask_ratio):
@@ -78,8 +79,9 @@ class MAE(nn.Module):
         return self.norm(self.blocks(x)), mask, ids_restore
 
     def forward_decoder(self, x, ids_restore):
-        removed = self.mask_token.expand(len(x), 1 + ids_restore.shape[1] - x.shape[1], -1)
-        patches = torch.cat([x[:, 1:], removed], 1).gather(1, ids_restore[..., None].expand(-1, -1, x.shape[2]))
+        count = 1 + ids_restore.shape[1] - x.shape[1]
+        patches = torch.cat([x[:, 1:], self.mask_token.expand(len(x), count, -1)], 1)
+        patches = patches.take_along_dim(ids_restore[..., None], 1)
         x = torch.cat([x[:, :1], patches], 1) + self.decoder_pos_embed
         return self.decoder_pred(self.decoder_blocks(x))[:, 1:]
 
@@ -101,9 +103,11 @@ class MAE(nn.Module):
 # %%
 def squares(size):
     """The middle squares of the photographs, [4, 3, size, size] in [0, 1]."""
-    names = ("astronaut", "chelsea", "coffee", "rocket")
-    photos = [to_dtype(to_image(getattr(skimage.data, name)()), torch.float32, scale=True) for name in names]
-    return torch.stack([resize(center_crop(photo, min(photo.shape[1:])), [size, size]) for photo in photos])
+    photos = []
+    for name in ("astronaut", "chelsea", "coffee", "rocket"):
+        photo = to_dtype(to_image(getattr(skimage.data, name)()), torch.float32, scale=True)
+        photos.append(resize(center_crop(photo, min(photo.shape[1:])), [size, size]))
+    return torch.stack(photos)
 
 
 photos = squares(192)
@@ -127,19 +131,20 @@ epochs, steps = 20, 6
 model = MAE()
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
 
-teacher = PartTeacher(model, GraphCutPartitioner(), total_epochs=epochs, num_parts=(20, 8), decay=0.98)
+settings = {"num_parts": (20, 8), "decay": 0.98}
+teacher = PartTeacher(model, GraphCutPartitioner(), total_epochs=epochs, **settings)
 evolution = apply_to_mae(model, EvolvingMask(epochs), teacher)
 evolution.follow(optimizer)
-print(f"masks are drawn by {type(evolution.masking).__name__}, at first from at most {teacher.num_parts} parts")
+print(f"masks are drawn by {type(evolution.masking).__name__}")
 
 # %% [markdown]
 # ## Train
 #
-# Your loop gets one more line, `evolution.set_epoch(epoch)`. At four points of training we keep the masks of the four
+# Your loop gets one more line, `evolution.set_epoch(epoch)`. At four points of training we keep the masks of two
 # photographs and the parts that they were drawn from.
 
 # %%
-losses, alphas, points = [], [], []
+losses, alphas, titles, masks, parts = [], [], [], [], []
 shown = resize(photos, [96, 96]) * 2 - 1
 for epoch in range(epochs):
     evolution.set_epoch(epoch)
@@ -155,17 +160,18 @@ for epoch in range(epochs):
     if epoch in (0, epochs // 3, 2 * epochs // 3, epochs - 1):
         with torch.no_grad():
             model(shown)
-        points.append((f"epoch {epoch + 1} of {epochs}", evolution.last_mask, evolution.last_parts))
+        titles.append(f"epoch {epoch + 1} of {epochs}")
+        masks.append(evolution.last_mask[::2])  # of two of the photographs
+        parts.append(evolution.last_parts[::2])
 
 # %% [markdown]
 # ## Look
 #
-# Two of the photographs, with two rows for each: its parts, and the patches that the model sees. At first the masks are
+# Two rows for each photograph: its parts, and the patches that the model sees. At first the masks are
 # near to a grid, at the end they hide whole parts.
 
 # %%
-titles, masks, parts = zip(*points, strict=True)
-evolution_figure(photos[::2], [mask[::2] for mask in masks], [part[::2] for part in parts], titles)
+evolution_figure(photos[::2], masks, parts, titles)
 
 # %% [markdown]
 # The loss is the error on hidden patches. It need not fall to the end, for the task gets harder as `alpha`, the weight

@@ -21,7 +21,8 @@ import sys
 
 if importlib.util.find_spec("maskevolve") is None:  # on Colab
     source = "maskevolve[examples] @ git+https://github.com/maskevolve/maskevolve"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, source], check=True)
 
 # %%
 # %matplotlib inline
@@ -40,10 +41,11 @@ torch.manual_seed(0)
 
 def show(pictures):
     """Draw pictures in a row, with their titles."""
-    _, axes = plt.subplots(1, len(pictures), figsize=(2.1 * len(pictures), 2.4), layout="constrained")
+    size = 2.1 * len(pictures), 2.4
+    _, axes = plt.subplots(1, len(pictures), figsize=size, layout="constrained")
     for ax, (title, picture) in zip(axes, pictures.items(), strict=True):
         ax.imshow(picture)
-        ax.set_title(title, fontsize=8)
+        ax.set_title(title, fontsize=10)
         ax.set_axis_off()
     plt.show()
 
@@ -56,9 +58,10 @@ def show(pictures):
 # %%
 path = None
 
-photo = Image.fromarray(skimage.data.coffee()) if path is None else Image.open(path).convert("RGB")
-image = to_dtype(to_image(photo), torch.float32, scale=True)  # [3, height, width] in [0, 1]
-image = resize(center_crop(image, min(image.shape[1:])), [384, 384], antialias=True)
+photo = skimage.data.coffee() if path is None else Image.open(path).convert("RGB")
+image = to_dtype(to_image(photo), torch.float32, scale=True)
+image = center_crop(image, min(image.shape[1:]))
+image = resize(image, [384, 384], antialias=True)  # [3, 384, 384] in [0, 1]
 
 # %% [markdown]
 # ## The parts
@@ -71,13 +74,14 @@ image = resize(center_crop(image, min(image.shape[1:])), [384, 384], antialias=T
 # One solve gives every number of parts: `hierarchy.cut(K)` splits one part of `hierarchy.cut(K - 1)` in two.
 
 # %%
-vit = timm.create_model("vit_tiny_patch16_384", pretrained=False)  # patches of 16 x 16 pixels, 24 x 24 of them
+vit = timm.create_model("vit_tiny_patch16_384", pretrained=False)  # 24 x 24 patches
 teacher = PartTeacher(vit, GraphCutPartitioner(), total_epochs=1, num_parts=(40, 40))
 images = (image[None] - 0.5) / 0.5  # a batch, normalised as this ViT expects
 hierarchy = teacher.hierarchy(images)
 
-show({f"{count} parts": part_picture(image, hierarchy.cut(count)[0], colours=True) for count in (2, 5, 10, 20)})
-show({f"{count} parts": part_picture(image, hierarchy.cut(count)[0]) for count in (2, 5, 10, 20)})
+cuts = {f"{count} parts": hierarchy.cut(count)[0] for count in (2, 5, 10, 20)}
+show({title: part_picture(image, parts, colours=True) for title, parts in cuts.items()})
+show({title: part_picture(image, parts) for title, parts in cuts.items()})
 
 # %% [markdown]
 # ## Masks that hide parts
@@ -87,8 +91,8 @@ show({f"{count} parts": part_picture(image, hierarchy.cut(count)[0]) for count i
 
 # %%
 parts = hierarchy.cut(10)
-masks = PartMask().sample(4, 24, 0.75, parts=parts.expand(4, -1))  # [4, 576] bool, True is removed
-show({f"draw {number}": mask_picture(image, mask) for number, mask in enumerate(masks, start=1)})
+masks = PartMask().sample(4, 24, 0.75, parts=parts.expand(4, -1))  # True is removed
+show({f"draw {place + 1}": mask_picture(image, masks[place]) for place in range(4)})
 
 # %% [markdown]
 # ## From a grid to parts
@@ -101,7 +105,8 @@ evolving = {}
 for epoch in (0, 20, 50, 99):
     masking.set_epoch(epoch)
     mask = masking.sample(1, 24, 0.75, parts=parts)[0]
-    evolving[f"epoch {epoch + 1}, alpha {float(masking.alpha):.2f}"] = mask_picture(image, mask)
+    title = f"epoch {epoch + 1}, alpha {float(masking.alpha):.2f}"
+    evolving[title] = mask_picture(image, mask)
 show(evolving)
 
 # %% [markdown]
@@ -113,8 +118,10 @@ show(evolving)
 # %%
 smooth = {}
 for smoothness in (1.0, 4.0, 16.0, 64.0):  # 16 is the default
-    teacher = PartTeacher(vit, GraphCutPartitioner(smoothness=smoothness), total_epochs=1, num_parts=(10, 10))
-    smooth[f"smoothness {smoothness:g}"] = part_picture(image, teacher(images)[0], colours=True)
+    partitioner = GraphCutPartitioner(smoothness=smoothness)
+    teacher = PartTeacher(vit, partitioner, total_epochs=1, num_parts=(10, 10))
+    parts = teacher(images)[0]
+    smooth[f"smoothness {smoothness:g}"] = part_picture(image, parts, colours=True)
 show(smooth)
 
 # %% [markdown]
