@@ -25,11 +25,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from maskevolve import EvolvingMask, GraphCutPartitioner, PartTeacher
-from maskevolve.viz import evolution_figure, mask_picture
+from maskevolve.viz import evolution_figure, mask_picture, part_picture
 
 MEAN, STD = [[[0.485]], [[0.456]], [[0.406]]], [[[0.229]], [[0.224]], [[0.225]]]  # of ImageNet, as in MAE
-SNAPSHOTS = 5  # points of training in evolution.png
-SHOWN = 4  # photographs in the pictures
+SNAPSHOTS = 4  # points of training in evolution.png and method.png
+SHOWN = (2, 0, 1, 3)  # photographs in the pictures, by their place in the folder
+EVOLVING = 2  # how many of them are in evolution.png and method.png
+SHARP = 192  # pixels of a photograph there, at least: the model sees it at --image-size
+DRAW = 180  # of the masks in the pictures: with the default seed, a draw whose first masks are whole grids
 FREE_TO_CHANGE = {"resume", "out", "device", "workers", "data"}  # between a run and its resumption
 
 
@@ -114,11 +117,12 @@ class Run:
     @torch.no_grad()
     def take_snapshot(self, shown: Tensor) -> None:
         """Parts and masks of the shown photographs, by the model as it is now."""
-        seed_everything(self.args.seed, 0)
+        seed_everything(self.args.seed, DRAW)
         self.set_epoch(self.epoch)
         _, prediction, mask, parts = self.forward(normalize(shown.to(self.args.device)))
-        title = f"epoch {self.epoch}" + ("" if self.alpha is None else f", alpha {self.alpha:.2f}")
-        snapshot = {"title": title, "mask": mask, "parts": parts, "prediction": prediction.float()}
+        number = min(self.epoch + 1, self.args.epochs)  # counted from 1; after the last one, its masks stay
+        title = f"epoch {number}" + ("" if self.alpha is None else f"\nalpha {self.alpha:.2f}")
+        snapshot = {"epoch": number, "title": title, "mask": mask, "parts": parts, "prediction": prediction.float()}
         self.snapshots.append(
             {name: value.cpu() if torch.is_tensor(value) else value for name, value in snapshot.items()}
         )
@@ -153,6 +157,11 @@ def normalize(images: Tensor) -> Tensor:
     return (images - images.new_tensor(MEAN)) / images.new_tensor(STD)
 
 
+def photographs(paths: list[Path], size: int) -> Tensor:
+    """Those that the pictures show, [4, 3, size, size] floats in [0, 1]."""
+    return torch.stack([centre(paths[place % len(paths)], size) for place in SHOWN])
+
+
 def draw_loss(metrics: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(5, 3), layout="constrained")
     ax = figure.subplots()
@@ -184,15 +193,40 @@ def draw_reconstruction(shown: Tensor, snapshot: dict[str, Any], patch_size: int
     return figure
 
 
-def write_results(run: Run, shown: Tensor, out: Path) -> None:
+def draw_method(photos: Tensor, snapshots: list[dict[str, Any]], epochs: int) -> Figure:
+    """A row for each photograph: its parts in the end, and what the masks leave of it at each point of training."""
+    titles = [f"epoch {snapshot['epoch']}\n" for snapshot in snapshots]
+    titles[0], titles[-1] = f"epoch 1 of {epochs}:\na grid", f"epoch {epochs}:\nparts"
+    figure = Figure(figsize=(1.6 * (2 + len(snapshots)), 0.5 + 1.6 * len(photos)), layout="constrained")
+    axes = figure.subplots(len(photos), 2 + len(snapshots), squeeze=False)
+    for row, photo in enumerate(photos):
+        pictures = [photo.permute(1, 2, 0).numpy(), part_picture(photo, snapshots[-1]["parts"][row], colours=True)]
+        pictures += [mask_picture(photo, snapshot["mask"][row]) for snapshot in snapshots]
+        for ax, picture in zip(axes[row], pictures, strict=True):
+            ax.imshow(picture)
+            ax.set_axis_off()
+    for ax, title in zip(axes[0], ("photograph\n", "its parts\n", *titles), strict=True):
+        ax.set_title(title, fontsize=13)
+    return figure
+
+
+def write_results(run: Run, paths: list[Path], out: Path) -> None:
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.metrics))
     if len(run.snapshots) < SNAPSHOTS:
         return
-    points = {key: [snapshot[key] for snapshot in run.snapshots] for key in ("mask", "parts", "title")}
-    figure = evolution_figure(shown, points["mask"], points["parts"], points["title"])
-    figure.savefig(out / "evolution.png", dpi=120)
-    draw_loss(run.metrics).savefig(out / "loss.png", dpi=120)
-    draw_reconstruction(shown, run.snapshots[-1], run.args.patch_size).savefig(out / "reconstruction.png", dpi=120)
+    sharp = photographs(paths, max(SHARP, run.args.image_size))[:EVOLVING]
+    masks, parts, titles = ([snapshot[key] for snapshot in run.snapshots] for key in ("mask", "parts", "title"))
+    figures = {
+        "evolution": evolution_figure(sharp, masks, parts, titles),
+        "loss": draw_loss(run.metrics),
+        "reconstruction": draw_reconstruction(
+            photographs(paths, run.args.image_size), run.snapshots[-1], run.args.patch_size
+        ),
+    }
+    if run.args.mask == "evolving":
+        figures["method"] = draw_method(sharp, run.snapshots, run.args.epochs)
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.png", dpi=120)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -202,7 +236,6 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint.exists() and not args.resume:
         raise SystemExit(f"{args.out} already holds a run: add --resume to go on with it, or choose another --out")
     paths = find_photos(args.data)
-    shown = torch.stack([centre(paths[i % len(paths)], args.image_size) for i in range(SHOWN)])
     crops = PhotoCrops(paths, args.image_size)
     loader = DataLoader(crops, args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers)
     run = Run(args)
@@ -211,13 +244,13 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=args.epochs * len(loader), initial=run.epoch * len(loader), unit="step") as bar:
         while True:
             while len(run.snapshots) * args.epochs <= run.epoch * (SNAPSHOTS - 1):
-                run.take_snapshot(shown)
+                run.take_snapshot(photographs(paths, args.image_size))
             run.save(checkpoint)
-            write_results(run, shown, args.out)
+            write_results(run, paths, args.out)
             if run.epoch == args.epochs:
                 break
             run.train_epoch(loader, bar)
-    print(f"wrote metrics.jsonl, loss.png, evolution.png and reconstruction.png to {args.out}")
+    print(f"wrote metrics.jsonl, checkpoint.pt and the pictures to {args.out}")
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def _channels_last(image: Any) -> Picture:
 def _palette(count: int) -> Picture:
     """[count, 3]: colours whose neighbours in this order lie far apart."""
     hues = (0.6180339887 * place % 1 for place in range(count))  # of the golden ratio: an even spread at any count
-    shades = ((0.9, 1.0), (0.9, 0.55), (0.45, 1.0))  # saturation and value
+    shades = ((0.7, 0.95), (0.85, 0.55), (0.4, 1.0))  # saturation and value
     colours = [colorsys.hsv_to_rgb(hue, *shades[place % 3]) for place, hue in enumerate(hues)]
     return np.array(colours, dtype=np.float32)
 

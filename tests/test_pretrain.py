@@ -2,15 +2,18 @@
 
 import json
 
+import numpy as np
 import pretrain
 import pytest
 import torch
 from PIL import Image
 
 from maskevolve import PartTeacher
+from maskevolve.viz import mask_picture
 
 SMALL = "--device cpu --image-size 32 --width 32 --depth 2 --heads 2 --batch-size 64 --seed 3"
 PICTURES = {"loss.png", "evolution.png", "reconstruction.png"}
+METHOD = "method.png"  # tells of a grid and of parts
 
 
 def run(out, *options):
@@ -38,14 +41,15 @@ def equal(a, b):
 @pytest.mark.parametrize("mask", pretrain.MASKS)
 def test_every_mask_trains_and_draws(tmp_path, mask):
     state = run(tmp_path, "--mask", mask, "--epochs", 2)
-    assert {path.name for path in tmp_path.iterdir()} >= PICTURES
-    for name in PICTURES:
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == (PICTURES | {METHOD} if mask == "evolving" else PICTURES)
+    for name in pictures:
         with Image.open(tmp_path / name) as picture:
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1]
     assert rows[1]["loss"] < rows[0]["loss"]
-    assert len(state["snapshots"]) == 5
+    assert len(state["snapshots"]) == 4
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +74,20 @@ def test_a_stopped_run_ends_like_one_that_was_not(whole, tmp_path, monkeypatch, 
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, "--epochs", 3)
     assert equal(expected, run(tmp_path, "--epochs", 3, "--resume"))
-    for name in ("metrics.jsonl", "evolution.png"):
+    for name in ("metrics.jsonl", "evolution.png", METHOD):
         assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_the_picture_of_the_method_shows_the_masks_of_the_run(whole):
+    _, state = whole
+    photos = torch.rand(pretrain.EVOLVING, 3, 48, 48)
+    axes = np.array(pretrain.draw_method(photos, state["snapshots"], 3).axes).reshape(pretrain.EVOLVING, -1)
+    titles = [ax.get_title().split("\n") for ax in axes[0]]
+    assert titles[2:] == [["epoch 1 of 3:", "a grid"], ["epoch 2", ""], ["epoch 3", ""], ["epoch 3:", "parts"]]
+    for row, photo in enumerate(photos):
+        for ax, snapshot in zip(axes[row, 2:], state["snapshots"], strict=True):
+            expected = mask_picture(photo, snapshot["mask"][row])
+            assert np.array_equal(ax.images[0].get_array(), expected)
 
 
 def test_seeds_make_runs(no_pictures, tmp_path):
