@@ -218,7 +218,7 @@ def reading(model: nn.Module, layers: Sequence[int] | None = None) -> Iterator[C
         layers: which attention layers, counted from 0 or, below 0, from the end; all where None.
 
     Yields:
-        A function from the images of that pass, [B, C, height, width], to what `attention_affinity` returns for them:
+        Callable: from the images of that pass, [B, C, height, width], to what `attention_affinity` returns for them,
         [B, N, N] float32, without gradient. It may be called in the context or after it. Each forward pass starts anew:
         of several, the last one counts.
 

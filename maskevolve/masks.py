@@ -77,7 +77,7 @@ class Masking(nn.Module):
             generator: source of randomness, on the same device; torch's default one where None.
 
         Returns:
-            [B, N] float32 in [0, 1]; what a mask of one's own draws beyond is brought there as in a blend: see `draw`.
+            [B, N] float32 in [0, 1]: what a mask of one's own draws beyond is brought there as in a blend, see `draw`.
         """
         if device is None and parts is not None:
             device = parts.device
@@ -151,7 +151,7 @@ class Masking(nn.Module):
             generator: source of randomness, on the same device; torch's default one where None.
 
         Returns:
-            [B, N] bool, True where a patch is removed: the draws that `forward` makes from the same state.
+            [B, N] bool: True where a patch is removed, by the draws that `forward` makes from the same state.
 
         Raises:
             ValueError: as `forward`.

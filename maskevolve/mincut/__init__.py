@@ -34,7 +34,7 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
             once, gives the bits of torch (MASKEVOLVE_KERNELS=0 turns it off); else torch.
 
     Returns:
-        [B, H, W] bool on the device of `source`: True on the sink's side.
+        [B, H, W] bool: True on the sink's side; on the device of `source`.
 
     Raises:
         ValueError: where a shape, a dtype or the solver is wrong, or (checked on the CPU only) a capacity is negative;
