@@ -54,7 +54,7 @@ def attention_affinity(model: nn.Module, images: Tensor, layers: Sequence[int] |
         ValueError: where a layer does not exist or the patches cannot be told from the prefix tokens.
         RuntimeError: where no attention is found; it names the modules that were looked at.
 
-    Example:
+    Examples:
         >>> import timm
         >>> vit = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
         >>> attention_affinity(vit, torch.randn(1, 3, 224, 224)).shape
@@ -88,7 +88,7 @@ def token_affinity(model: nn.Module, images: Tensor) -> Tensor:
         ValueError: where the patches cannot be told from the prefix tokens.
         RuntimeError: where no attention is found; it names the modules that were looked at.
 
-    Example:
+    Examples:
         >>> import timm
         >>> vit = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
         >>> token_affinity(vit, torch.randn(1, 3, 224, 224)).shape
@@ -218,7 +218,7 @@ def reading(model: nn.Module, layers: Sequence[int] | None = None) -> Iterator[C
         layers: which attention layers, counted from 0 or, below 0, from the end; all where None.
 
     Yields:
-        A function from the images of that pass, [B, C, height, width], to what `attention_affinity` returns for them:
+        Callable: from the images of that pass, [B, C, height, width], to what `attention_affinity` returns for them,
         [B, N, N] float32, without gradient. It may be called in the context or after it. Each forward pass starts anew:
         of several, the last one counts.
 
@@ -227,7 +227,7 @@ def reading(model: nn.Module, layers: Sequence[int] | None = None) -> Iterator[C
             left out.
         RuntimeError: by the function, where a layer was not run or took no attention that can be read.
 
-    Example:
+    Examples:
         >>> import timm
         >>> vit, images = timm.create_model("vit_tiny_patch16_224", depth=2).eval(), torch.randn(1, 3, 224, 224)
         >>> with reading(vit) as affinity:

@@ -54,7 +54,7 @@ def fixed_masks(masking: Masking, seed: int = 0) -> Iterator[None]:
         masking: the mask.
         seed: any whole number of at least 0.
 
-    Example:
+    Examples:
         >>> from maskevolve import GridMask
         >>> masking, masks = GridMask(), []
         >>> for epoch in range(2):

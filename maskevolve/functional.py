@@ -61,7 +61,7 @@ def resolve_grid(
     Raises:
         ValueError: where no such grid exists.
 
-    Example:
+    Examples:
         >>> resolve_grid(196, None), resolve_grid(12, (3, 4)), resolve_grid(256, None, image_size=(128, 512))
         ((14, 14), (3, 4), (8, 32))
     """
@@ -99,7 +99,7 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
     Raises:
         ValueError: where mask_ratio is no number, outside [0, 1), or so high that nothing stays.
 
-    Example:
+    Examples:
         >>> num_visible(196, 0.75)
         49
     """
@@ -138,7 +138,7 @@ def random_scores(
     Returns:
         Scores [B, N] float32 in [0, 1).
 
-    Example:
+    Examples:
         >>> random_scores(2, (14, 14)).shape
         torch.Size([2, 196])
     """
@@ -166,7 +166,7 @@ def grid_draws(
     Returns:
         GroupDraws, a recipe for scores [B, N].
 
-    Example:
+    Examples:
         >>> compute_scores(grid_draws(1, (4, 4))).unique().numel()
         4
 
@@ -209,7 +209,7 @@ def block_scores(
     Returns:
         Scores [B, N] float32 in (0, 1].
 
-    Example:
+    Examples:
         >>> block_scores(2, (14, 14)).shape
         torch.Size([2, 196])
 
@@ -252,7 +252,7 @@ def part_draws(parts: Tensor, *, generator: torch.Generator | None = None) -> Gr
         ValueError: where `parts` is not [B, N], has a float type, or (checked on the CPU only, for elsewhere the check
             would make the host wait) has negative labels.
 
-    Example:
+    Examples:
         >>> parts = torch.tensor([[0, 0, 901, 901]])
         >>> p = compute_scores(part_draws(parts))
         >>> bool(p[0, 0] == p[0, 1]), bool(p[0, 2] == p[0, 3])
@@ -299,7 +299,7 @@ def mask_patches(
         ValueError: where mask_ratio is out of range or leaves no patch, or where `scores` does not match `x`
             or is NaN.
 
-    Example:
+    Examples:
         >>> x = torch.arange(4.0).reshape(1, 4, 1)
         >>> mask_patches(x, torch.tensor([[0.9, 0.1, 0.8, 0.2]]), 0.5).visible.flatten()
         tensor([1., 3.])

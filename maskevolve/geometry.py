@@ -39,7 +39,7 @@ def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
         ValueError: where the model has no patch size, or patches of one or three dimensions, or images are smaller
             than a patch.
 
-    Example:
+    Examples:
         >>> import timm
         >>> patch_grid(timm.create_model("vit_tiny_patch16_224", depth=1), torch.empty(1, 3, 224, 160))
         (14, 10)
@@ -61,7 +61,7 @@ def whole_patches(model: nn.Module, images: Tensor) -> Tensor:
 
     Where patches overlap, the cell of each is its centre, as large as the stride.
 
-    Example:
+    Examples:
         >>> import timm
         >>> whole_patches(timm.create_model("vit_tiny_patch16_224", depth=1), torch.empty(1, 3, 230, 160)).shape
         torch.Size([1, 3, 224, 160])

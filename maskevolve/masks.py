@@ -29,7 +29,7 @@ class Masking(nn.Module):
     Args:
         grid_size: the side of a square patch grid, or (H, W), in patches; inferred from x where None.
 
-    Example:
+    Examples:
         Cells of 2 x 2 patches at random, as Pixio has them:
 
         >>> class CellMask(Masking):
@@ -77,7 +77,7 @@ class Masking(nn.Module):
             generator: source of randomness, on the same device; torch's default one where None.
 
         Returns:
-            [B, N] float32 in [0, 1]; what a mask of one's own draws beyond is brought there as in a blend: see `draw`.
+            [B, N] float32 in [0, 1]: what a mask of one's own draws beyond is brought there as in a blend, see `draw`.
         """
         if device is None and parts is not None:
             device = parts.device
@@ -151,12 +151,12 @@ class Masking(nn.Module):
             generator: source of randomness, on the same device; torch's default one where None.
 
         Returns:
-            [B, N] bool, True where a patch is removed: the draws that `forward` makes from the same state.
+            [B, N] bool: True where a patch is removed, by the draws that `forward` makes from the same state.
 
         Raises:
             ValueError: as `forward`.
 
-        Example:
+        Examples:
             >>> GridMask().sample(2, (14, 14), mask_ratio=0.5).sum(1)
             tensor([98, 98])
         """
@@ -193,7 +193,7 @@ class RandomMask(Masking):
     Shape:
         x [B, N, D] or [B, H, W, D] to visible [B, N_keep, D], mask [B, N], ids_restore [B, N].
 
-    Example:
+    Examples:
         >>> visible, mask, ids_restore = RandomMask()(torch.randn(2, 196, 8), 0.75)
         >>> visible.shape, mask.sum(1)
         (torch.Size([2, 49, 8]), tensor([147., 147.]))
@@ -220,7 +220,7 @@ class GridMask(Masking):
     Shape:
         x [B, N, D] or [B, H, W, D] to visible [B, N_keep, D], mask [B, N], ids_restore [B, N].
 
-    Example:
+    Examples:
         >>> mask = GridMask()(torch.randn(1, 16, 8), 0.75).mask.reshape(4, 4)
         >>> bool((mask[::2, ::2] == mask[0, 0]).all())
         True
@@ -249,7 +249,7 @@ class BlockMask(Masking):
     Shape:
         x [B, N, D] or [B, H, W, D] to visible [B, N_keep, D], mask [B, N], ids_restore [B, N].
 
-    Example:
+    Examples:
         >>> BlockMask()(torch.randn(2, 196, 8), 0.5).visible.shape
         torch.Size([2, 98, 8])
 
@@ -284,7 +284,7 @@ class PartMask(Masking):
     Shape:
         x [B, N, D] or [B, H, W, D] and parts [B, N] to visible [B, N_keep, D], mask [B, N], ids_restore [B, N].
 
-    Example:
+    Examples:
         >>> parts = torch.tensor([[0, 0, 1, 1]])
         >>> mask = PartMask()(torch.randn(1, 4, 8), 0.5, parts=parts).mask
         >>> bool(mask[0, 0] == mask[0, 1])
@@ -330,7 +330,7 @@ class EvolvingMask(Masking):
     Shape:
         x [B, N, D] or [B, H, W, D] and parts [B, N] to visible [B, N_keep, D], mask [B, N], ids_restore [B, N].
 
-    Example:
+    Examples:
         >>> masking = EvolvingMask(total_epochs=100).set_epoch(24)
         >>> masking.alpha, masking.needs_parts
         (tensor(0.5000), True)

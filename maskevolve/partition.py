@@ -51,7 +51,7 @@ class PartHierarchy(NamedTuple):
         Raises:
             ValueError: where num_parts is no whole number, below 1, or above that of the hierarchy.
 
-        Example:
+        Examples:
             >>> affinity = torch.block_diag(torch.ones(8, 8), torch.ones(8, 8))[None]
             >>> GraphCutPartitioner().hierarchy(affinity).cut(2)
             tensor([[0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]])
@@ -131,7 +131,7 @@ class GraphCutPartitioner(_Partitioner):
         5 bytes for each value of the images and 260 for each patch and channel; so 232 MB for 256 of 3 x 224 x 224.
         On a GPU with Triton, up to 1024 patches: no wait of the host, so that a CUDA graph can hold the call.
 
-    Example:
+    Examples:
         >>> affinity = torch.block_diag(torch.ones(8, 8), torch.ones(8, 8))[None]  # two halves of a 4 x 4 grid
         >>> GraphCutPartitioner(num_parts=2)(affinity).reshape(4, 4)
         tensor([[0, 0, 0, 0],
@@ -140,8 +140,8 @@ class GraphCutPartitioner(_Partitioner):
                 [1, 1, 1, 1]])
 
     Source: the graph cut of Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001;
-        edges from contrast: Y. Boykov and M.-P. Jolly, Interactive graph cuts, ICCV 2001,
-        https://doi.org/10.1109/ICCV.2001.937505
+    edges from contrast: Y. Boykov and M.-P. Jolly, Interactive graph cuts, ICCV 2001,
+    https://doi.org/10.1109/ICCV.2001.937505
     """
 
     def __init__(self, num_parts: int = 10, *, smoothness: float | None = None, solver: str = "auto") -> None:
@@ -236,12 +236,12 @@ class EMPartitioner(_Partitioner):
     Shape:
         affinity [B, N, N] or [B, heads, N, N] to parts [B, N] int64.
 
-    Example:
+    Examples:
         >>> EMPartitioner(num_parts=4)(torch.rand(2, 196, 196)).shape
         torch.Size([2, 196])
 
     Source: the released code of Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001;
-        EM attention, https://arxiv.org/abs/1907.13426
+    EM attention, https://arxiv.org/abs/1907.13426
     """
 
     def __init__(self, num_parts: int = 10, *, steps: int = 15, kappa: float = 40.0) -> None:

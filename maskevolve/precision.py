@@ -20,7 +20,7 @@ def keep_dtype(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
     Returns:
         The function that moves a tensor to where `convert` does, in the dtype that it has.
 
-    Example:
+    Examples:
         >>> import torch
         >>> keep_dtype(Tensor.half)(torch.tensor(0.1))
         tensor(0.1000)

@@ -80,7 +80,7 @@ def learn_results(call: Callable[[], Any], x: Tensor) -> tuple[Result, ...]:
     Raises:
         UnknownResultsError: where it returns something else.
 
-    Example:
+    Examples:
         >>> def random_masking(x, mask_ratio):
         ...     ids_shuffle = torch.rand(x.shape[:2]).argsort(1)
         ...     return ids_shuffle[:, : int(x.shape[1] * (1 - mask_ratio))], ids_shuffle.argsort(1)

@@ -27,7 +27,7 @@ def clamp_epoch(epoch: float, total_epochs: float) -> float:
     Raises:
         ValueError: where total_epochs is no positive number, or epoch is no number.
 
-    Example:
+    Examples:
         >>> clamp_epoch(-3, 100), clamp_epoch(7.5, 100), clamp_epoch(250, 100)
         (0.0, 7.5, 99.0)
     """
@@ -56,7 +56,7 @@ def alpha_at(epoch: float, total_epochs: float, power: float | Schedule = 0.5) -
         ValueError: where total_epochs is not positive, epoch is NaN, power is negative or no number, or the function
             returns no finite number.
 
-    Example:
+    Examples:
         >>> alpha_at(0, 100), alpha_at(24, 100), alpha_at(99, 100)
         (0.1, 0.5, 1.0)
         >>> [alpha_at(epoch, 100, lambda progress: 2 * progress - 1) for epoch in (0, 74, 99)]
@@ -84,7 +84,7 @@ def num_parts_at(epoch: float, total_epochs: float, first: int = 40, last: int =
     Returns:
         Number of parts, rounded to the nearest whole number.
 
-    Example:
+    Examples:
         >>> [num_parts_at(epoch, 101) for epoch in (0, 50, 100)]
         [40, 25, 10]
     """
@@ -106,7 +106,7 @@ def num_parts_by(schedule: Schedule, epoch: float, total_epochs: float) -> int:
     Raises:
         ValueError: where the function returns no finite number, or one below 1.
 
-    Example:
+    Examples:
         >>> [num_parts_by(lambda progress: 40 * 0.25**progress, epoch, 101) for epoch in (0, 50, 100)]
         [40, 20, 10]
     """

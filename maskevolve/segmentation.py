@@ -36,7 +36,7 @@ def parts_from_segmentation(labels: Tensor, grid_size: GridSize, ignore: int | N
         labels [B, height, width] to parts [B, H * W].
         Memory: about 50 bytes for each pixel, and nothing for each label. No wait of the host.
 
-    Example:
+    Examples:
         >>> labels = torch.tensor([[[7, 7, 255, 255], [7, 3, 255, 3]]])
         >>> parts_from_segmentation(labels, (1, 2)), parts_from_segmentation(labels, (1, 2), ignore=255)
         (tensor([[  7, 255]]), tensor([[7, 3]]))

@@ -161,7 +161,7 @@ class PartTeacher(_Teacher):
     Shape:
         images [B, C, height, width] to parts [B, N] int64.
 
-    Example:
+    Examples:
         >>> import timm
         >>> from maskevolve import GraphCutPartitioner
         >>> vit = timm.create_model("vit_tiny_patch16_224", depth=2)
@@ -266,7 +266,7 @@ class FrozenTeacher(_Teacher):
     Shape:
         images [B, C, height, width] to parts [B, N] int64.
 
-    Example:
+    Examples:
         >>> import timm
         >>> from maskevolve import GraphCutPartitioner
         >>> vit = timm.create_model("vit_tiny_patch16_224", depth=2)  # with pretrained=True, at home

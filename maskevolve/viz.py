@@ -44,7 +44,7 @@ def part_picture(image: Any, parts: Tensor, grid_size: GridSize | None = None, *
     Warns:
         UserWarning: where values leave [0, 1], which are cut off: see `mask_picture`.
 
-    Example:
+    Examples:
         >>> part_picture(torch.zeros(3, 8, 8), torch.tensor([0, 0, 1, 1])).shape
         (8, 8, 3)
         >>> picture = part_picture(torch.zeros(3, 8, 8), torch.tensor([0, 1, 1, 0]), colours=True)
@@ -83,7 +83,7 @@ def mask_picture(image: Any, mask: Tensor, grid_size: GridSize | None = None) ->
         UserWarning: where values leave [0, 1], which are cut off. Images that were normalised for a model are
             ``images * std + mean`` before that, with the std and the mean of each channel as [3, 1, 1].
 
-    Example:
+    Examples:
         >>> mask_picture(torch.zeros(3, 8, 8), torch.tensor([0, 0, 1, 1]))[-1, 0]
         array([0.5, 0.5, 0.5], dtype=float32)
     """
@@ -119,7 +119,7 @@ def evolution_figure(
     Warns:
         UserWarning: where values leave [0, 1]: see `mask_picture`.
 
-    Example:
+    Examples:
         >>> images, parts = torch.rand(2, 3, 32, 32), torch.arange(16).expand(2, -1) // 4
         >>> figure = evolution_figure(images, [parts > 1], [parts], ["epoch 0"])
         >>> len(figure.axes)

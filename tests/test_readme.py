@@ -1,7 +1,10 @@
-"""The code of the README and of docs/ runs as it stands, and their figures are those of the result files."""
+"""The code of the README and of docs/ runs as it stands; its links lead somewhere; figures and versions are true."""
 
+import inspect
+import pydoc
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import pytorch_lightning
@@ -19,111 +22,213 @@ from transformers import (
 )
 from vits import MAE
 
-from maskevolve import integrations
+import maskevolve
+from maskevolve import (
+    EvolvingMask,
+    GraphCutPartitioner,
+    PartTeacher,
+    attention,
+    functional,
+    integrations,
+    schedule,
+    viz,
+)
 
 HOME = Path(__file__).parents[1]
-PAGES = [HOME / "README.md", *sorted((HOME / "docs").glob("*.md"))]
+PAGES = {str(page.relative_to(HOME)): page for page in [HOME / "README.md", *sorted((HOME / "docs").rglob("*.md"))]}
+REPOSITORY, SITE = "https://github.com/maskevolve/maskevolve", "https://maskevolve.github.io/maskevolve/"
+SIZES = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 1, "image_size": 64, "patch_size": 16}
 
 
-def blocks(containing):
-    text = "\n".join(page.read_text() for page in PAGES)
-    return [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if containing in block]
-
-
-def test_three_lines_make_an_mae_evolve():
+def an_mae():
+    """What a reader has who trains an MAE."""
     torch.manual_seed(0)
     model = MAE()
+    labels = (torch.arange(64 * 64).view(1, 64, 64) // 2048).expand(2, -1, -1)  # two halves
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    names = {"model": model, "optimizer": optimizer, "epochs": 4, "epoch": 0}
-    (block,) = blocks("evolution.follow(optimizer)")
+    return {"model": model, "optimizer": optimizer, "epochs": 4, "epoch": 0, "label_maps": labels}
+
+
+def an_evolution():
+    names = an_mae()
+    teacher = PartTeacher(names["model"], GraphCutPartitioner(), total_epochs=4)
+    return {**names, "evolution": integrations.apply_to_mae(names["model"], EvolvingMask(4), teacher), "torch": torch}
+
+
+def a_vit():
+    """What a reader has who masks by hand; the images are not square."""
+    torch.manual_seed(0)
+    vit = VisionTransformer((128, 1024), 16, in_chans=1, embed_dim=48, depth=2, num_heads=3, num_classes=0)
+    images = torch.randn(2, 1, 128, 1024)
+    return {"vit": vit, "epochs": 2, "epoch": 1, "images": images, "patches": vit.patch_embed(images), "torch": torch}
+
+
+def a_script_for_timm():
+    return {"optimizer": torch.optim.SGD([torch.zeros(1)], 0.1), "epochs": 4, "epoch": 0}
+
+
+def a_trainer():
+    decoder = {"decoder_hidden_size": 48, "decoder_num_attention_heads": 3, "decoder_num_hidden_layers": 1}
+    arguments = TrainingArguments("out", num_train_epochs=2, report_to=[], disable_tqdm=True, use_cpu=True)
+    images = [{"pixel_values": torch.randn(3, 64, 64)} for _ in range(8)]
+    model = ViTMAEForPreTraining(ViTMAEConfig(**SIZES, **decoder))
+    return {"model": model, "epochs": 2, "training_args": arguments, "images": images, "Trainer": Trainer}
+
+
+def run_mim():
+    model = ViTForMaskedImageModeling(ViTConfig(**SIZES))
+    return {"model": model, "training_args": TrainingArguments("out", num_train_epochs=3)}
+
+
+def a_lightning_module():
+    vit = VisionTransformer(64, 8, embed_dim=48, depth=1, num_heads=3, num_classes=0)
+    return {"model": LightlyMAE(vit, lr=1e-3, decoder_width=32), "epochs": 2, "pl": pytorch_lightning}
+
+
+def a_module_of_stable_pretraining():
+    pytest.importorskip("stable_pretraining", reason="runs in .ci/run, in an environment of its own")
+    import test_stable_pretraining as tests
+
+    return {"module": tests.make_module(), "epochs": 2}
+
+
+SETTINGS = {
+    "README.md": an_mae,
+    "docs/index.md": an_mae,
+    "docs/quickstart.md": an_mae,
+    "docs/masks.md": a_vit,
+    "docs/hosts/index.md": an_evolution,
+    "docs/hosts/mae.md": an_mae,
+    "docs/hosts/timm.md": a_script_for_timm,
+    "docs/hosts/vit_mae.md": a_trainer,
+    "docs/hosts/mim.md": run_mim,
+    "docs/hosts/lightly.md": a_lightning_module,
+    "docs/hosts/stable_pretraining.md": a_module_of_stable_pretraining,
+}
+"""What the reader of a page has before it; nothing where a page is not named."""
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", PAGES[page].read_text(), re.DOTALL)
+
+
+WITH_TESTS_OF_THEIR_OWN = ("docs/quickstart.md", "docs/hosts/vit_mae.md")
+WITH_CODE = [page for page in PAGES if blocks(page) and page not in WITH_TESTS_OF_THEIR_OWN]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the blocks of a page: one that imports begins anew, the others go on with the one above."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(page, containing=""):
+        names = {}
+        for block in blocks(page):
+            if containing in block:
+                names = SETTINGS.get(page, dict)() if not names or "import " in block else names
+                exec(block, names)
+                yield names
+
+    return run
+
+
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_the_code_of_each_page_runs(page, run):
+    for names in run(page):
+        assert "again" not in names or torch.equal(names["first"], names["again"])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/quickstart.md", "docs/hosts/mae.md"])
+def test_three_lines_make_an_mae_evolve(page):
+    (block,) = [block for block in blocks(page) if "apply_to_mae(model, EvolvingMask(epochs), " in block]
+    names, removed, images = an_mae(), [], torch.randn(2, 3, 64, 64)
     once, each_epoch = re.split(r"\n# at the start of each epoch.*\n", block)
     exec(once, names)
-    images, removed = torch.randn(2, 3, 64, 64), []
     for names["epoch"] in range(4):
         exec(each_epoch, names)
-        loss, _, mask = model(images)
+        loss, _, mask = names["model"](images)
         removed.append(mask)
         loss.backward()
-        optimizer.step()
+        names["optimizer"].step()
     assert names["evolution"].masking.alpha == 1
     assert names["evolution"].teacher.model.n_averaged == 4
     assert not torch.equal(removed[0], removed[-1])
 
 
-@pytest.mark.parametrize("host", ["apply_to_mae", "apply_to_vit_mae", "apply_to_lightly"])
-def test_lines_to_paste_are_at_most_five(host):
-    block = blocks(host)[0]
-    assert sum(line != "" and not line.startswith("#") for line in block.splitlines()) <= 5
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/hosts/") and "index" not in page])
+def test_lines_to_paste_are_at_most_five(page):
+    lines = [line for line in blocks(page)[0].splitlines() if line and not line.startswith("#")]
+    pasted = [line for line in lines if not re.match(r"(from|import) ", line)]
+    assert len(pasted) <= 5
 
 
-def test_lines_by_hand():
-    torch.manual_seed(0)
-    vit = VisionTransformer((128, 1024), 16, in_chans=1, embed_dim=48, depth=2, num_heads=3, num_classes=0)
-    images = torch.randn(2, 1, 128, 1024)
-    names = {"vit": vit, "epochs": 2, "epoch": 1, "images": images, "patches": vit.patch_embed(images), "torch": torch}
-    (block,) = blocks("teacher.update(vit)")
-    exec(block, names)
-    assert names["visible"].shape == (2, 128, 48)
-    assert names["masking"].alpha == 1
-    assert names["state"]["teacher"]["epoch"] == 1
-
-
-def test_every_call_of_the_table_exists():
-    named = set(re.findall(r"`(apply_to_\w+)\(", PAGES[0].read_text()))
-    assert named == {name for name in integrations.__all__ if name.startswith("apply_to_")}
-
-
-def test_hugging_face_lines(tmp_path):
-    sizes = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 2, "decoder_num_hidden_layers": 1}
-    config = ViTMAEConfig(image_size=64, patch_size=16, decoder_hidden_size=48, decoder_num_attention_heads=3, **sizes)
-    arguments = TrainingArguments(tmp_path, num_train_epochs=2, report_to=[], disable_tqdm=True, use_cpu=True)
-    images = [{"pixel_values": torch.randn(3, 64, 64)} for _ in range(8)]
-    names = {"model": ViTMAEForPreTraining(config), "epochs": 2, "training_args": arguments, "images": images}
-    names["Trainer"] = Trainer
-    exec(blocks("trainer_callback")[0], names)
+def test_what_the_page_of_the_trainer_says(run):
+    *_, names = run("docs/hosts/vit_mae.md")
     names["trainer"].train()
     assert names["evolution"].masking.alpha > 0.9
     assert names["teacher"].model.n_averaged == 2
 
 
-def test_lightly_lines():
-    vit = VisionTransformer(64, 8, embed_dim=48, depth=1, num_heads=3, num_classes=0)
-    names = {"model": LightlyMAE(vit, lr=1e-3, decoder_width=32), "epochs": 2, "pl": pytorch_lightning}
-    exec(blocks("lightning_callback")[0], names)
-    assert names["evolution"].teacher is names["teacher"]
-
-
-def test_lines_of_run_mim(tmp_path):
-    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 96}
-    config = ViTConfig(**sizes, image_size=64, patch_size=16)
-    model, arguments = ViTForMaskedImageModeling(config), TrainingArguments(tmp_path, num_train_epochs=3)
-    names = {"model": model, "training_args": arguments}
-    (block,) = blocks("apply_to_mim")
-    exec(block, names)
+def test_what_the_page_of_run_mim_says(run):
+    (names,) = run("docs/hosts/mim.md", "training_args")
     names["evolution"].set_epoch(2)
-    model.train()(pixel_values=torch.randn(2, 3, 64, 64), bool_masked_pos=torch.zeros(2, 16, dtype=torch.bool))
+    images, given = torch.randn(2, 3, 64, 64), torch.zeros(2, 16, dtype=torch.bool)
+    names["model"].train()(pixel_values=images, bool_masked_pos=given)
     assert names["evolution"].last_mask.sum() == 2 * 10
-    assert names["trainer_callback"](names["evolution"])
+    (names,) = run("docs/hosts/mim.md", "last_mask")
+    assert (names["evolution"].last_mask.sum(1) == 154).all()
+    assert names["loss"] > 0
 
 
-def test_parts_that_come_with_a_batch():
-    model, labels = MAE(), torch.arange(64 * 64).view(1, 64, 64) // 2048
-    (block,) = blocks("evolution.see(parts=label_maps)")
-    names = {"model": model, "epochs": 1, "label_maps": labels.expand(2, -1, -1)}
-    exec(block, names)
-    names["evolution"].set_epoch(0)  # the last one
-    _, _, mask = model(torch.randn(2, 3, 64, 64))
-    assert (mask.view(2, 2, 32).mean(2).sort(1).values == torch.tensor([0.5, 1.0])).all()  # halves; three quarters go
+def test_masks_by_hand(run):
+    (names,) = run("docs/masks.md", "teacher.update(vit)")
+    assert names["visible"].shape == (2, 128, 48)
+    assert names["masking"].alpha == 1
+    assert names["state"]["teacher"]["epoch"] == 1
 
 
-ALONE = [block for block in blocks("") if not re.search(r"\(model\b|\bteacher\.update\(vit\)", block)]
+def test_the_script_of_the_quickstart_draws_its_picture(run):
+    *_, names = run("docs/quickstart.md")
+    assert Path("evolution.png").stat().st_size > 10_000
+    first, *_, last = names["drawn"].values()
+    assert [len(parts.unique()) > 10 for parts in (first[1][0], last[1][0])] == [True, False]
+    assert names["evolution"].masking.alpha == 1
 
 
-@pytest.mark.parametrize("block", ALONE, ids=[block.splitlines()[-1] for block in ALONE])
-def test_examples_that_stand_alone(block):
-    names = {}
-    exec(block, names)
-    assert "again" not in names or torch.equal(names["first"], names["again"])
+def test_every_call_of_the_tables_exists():
+    for page in ("README.md", "docs/hosts/index.md"):
+        named = set(re.findall(r"`(apply_to_\w+)[(`]", PAGES[page].read_text()))
+        assert named == {name for name in integrations.__all__ if name.startswith("apply_to_")}
+
+
+def test_every_public_name_is_on_a_page_of_the_api():
+    named = [name for page in PAGES.values() for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)]
+    shown = {name: pydoc.locate(name) for name in named}
+    assert None not in shown.values(), shown
+    for module in (maskevolve, integrations, functional, schedule, attention, viz):
+        public = {name: getattr(module, name) for name in module.__all__}
+        for name, value in public.items():
+            is_shown = any(value is other for other in shown.values())
+            assert is_shown or not (inspect.isclass(value) or inspect.isfunction(value)), f"{module.__name__}.{name}"
+
+
+def numbers(version):
+    """Comparable, whether it has two numbers or three."""
+    return tuple(map(int, [*version.split("."), "0", "0"][:3]))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/hosts/index.md"])
+def test_versions_are_those_of_the_files(page):
+    oldest = dict(re.findall(r"^    ([\w-]+)(?:\[\w+\])?>=([\d.]+)$", (HOME / "setup.cfg").read_text(), re.MULTILINE))
+    newest = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (HOME / ".ci/constraints.txt").read_text(), re.MULTILINE))
+    told = re.findall(r"\b([A-Za-z][\w-]+) (\d+(?:\.\d+)+)(?:\s+to\s+(\d+(?:\.\d+)+))?", PAGES[page].read_text())
+    told = [row for row in told if row[0] in newest]
+    hosts = {"timm", "transformers", "lightly", "stable-pretraining"}
+    assert page == "README.md" or hosts <= {name for name, *_ in told}
+    for name, first, last in told:
+        low, high = numbers(oldest.get(name, newest[name])), numbers(newest[name])
+        is_true = (numbers(first), numbers(last)) == (low, high) if last else numbers(first) in (low, high)
+        assert is_true, f"{name}: the files say {low} to {high}"
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
@@ -131,7 +236,37 @@ def test_the_figures_are_those_of_the_result_files(page):
     assert tables.render(page.read_text()) == page.read_text(), "run python benchmarks/tables.py"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_to_files_lead_somewhere(page):
-    for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()) + re.findall(r'src="([^"]+)"', page.read_text()):
-        assert (page.parent / link).exists(), link
+def target(page, link):
+    """The file that a link leads to, and the anchor there; None for a link to elsewhere."""
+    path, _, anchor = unquote(link).partition("#")
+    for prefix in (f"{REPOSITORY}/blob/main/", f"{REPOSITORY}/tree/main/", f"{REPOSITORY}/raw/main/"):
+        if path.startswith(prefix):
+            return HOME / path.removeprefix(prefix), anchor
+    if path.startswith(SITE):
+        place = path.removeprefix(SITE).strip("/") or "index"
+        file = HOME / "docs" / f"{place}.md"
+        return (file if file.exists() else HOME / "docs" / place / "index.md"), anchor
+    if re.match(r"\w+:", path):
+        return None
+    return (page.parent / path if path else page), anchor
+
+
+def anchors(page):
+    """The anchors of the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", PAGES[page].read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text):
+        found = target(PAGES[page], link)
+        if found is not None:
+            assert found[0].exists(), link
+            assert not found[1] or found[1] in anchors(found[0]), link
+
+
+def test_every_page_is_in_the_navigation():
+    named = re.findall(r"[\w/]+\.md$", (HOME / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(page.removeprefix("docs/") for page in PAGES if page != "README.md")

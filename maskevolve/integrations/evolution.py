@@ -151,7 +151,7 @@ class Evolution:
             TypeError: where it has no step.
             ValueError: where it is followed already.
 
-        Example:
+        Examples:
             >>> import timm
             >>> from maskevolve import EvolvingMask, GraphCutPartitioner
             >>> from maskevolve.integrations import apply_to_timm

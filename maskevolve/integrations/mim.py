@@ -58,7 +58,7 @@ def apply_to_mim(
             masks already, the teacher was built for another architecture, or is a PartTeacher for a model that merges
             patches. At the first mask that needs parts, where there are none.
 
-    Example:
+    Examples:
         >>> from transformers import ViTConfig, ViTForMaskedImageModeling
         >>> from maskevolve import GridMask
         >>> config = ViTConfig(hidden_size=48, num_attention_heads=3, num_hidden_layers=1)

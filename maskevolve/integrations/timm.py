@@ -38,7 +38,7 @@ def apply_to_timm(vit: nn.Module, masking: Masking, teacher: Teacher | None = No
         ValueError: where it was made without it, has evolving masks already, or the teacher was built for another
             architecture. At the first mask that needs parts, where there are none.
 
-    Example:
+    Examples:
         >>> import timm
         >>> from maskevolve import RandomMask
         >>> vit = timm.create_model("vit_tiny_patch16_224", depth=1, patch_drop_rate=0.75)

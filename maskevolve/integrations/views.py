@@ -24,7 +24,7 @@ def first_images(views: list[Tensor], batch_size: int) -> Tensor | None:
 
     DINOv2 and iBOT are given several views of each image, and mask the first ones, one after the other.
 
-    Example:
+    Examples:
         >>> first_images([torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8), torch.ones(2, 3, 8, 8)], 4).shape
         torch.Size([4, 3, 8, 8])
     """

@@ -42,7 +42,7 @@ def apply_to_vit_mae(model: nn.Module, masking: Masking, teacher: Teacher | None
         ValueError: where it has evolving masks already, or the teacher was built for another architecture. At the first
             mask that needs parts, where there are none.
 
-    Example:
+    Examples:
         >>> from transformers import ViTMAEConfig, ViTMAEModel
         >>> from maskevolve import GridMask
         >>> config = ViTMAEConfig(hidden_size=48, num_attention_heads=3, num_hidden_layers=1, mask_ratio=0.5)

@@ -34,13 +34,13 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
             once, gives the bits of torch (MASKEVOLVE_KERNELS=0 turns it off); else torch.
 
     Returns:
-        [B, H, W] bool on the device of `source`: True on the sink's side.
+        [B, H, W] bool: True on the sink's side; on the device of `source`.
 
     Raises:
         ValueError: where a shape, a dtype or the solver is wrong, or (checked on the CPU only) a capacity is negative;
             where "triton" is asked for and cannot run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> source, sink = torch.tensor([[[9, 0, 0]]]).int(), torch.tensor([[[0, 0, 9]]]).int()
         >>> capacity = torch.zeros(1, 8, 1, 3).int()
@@ -49,8 +49,8 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
         tensor([[[False, False,  True]]])
 
     Source: A. Goldberg and R. Tarjan, A new approach to the maximum-flow problem, https://doi.org/10.1145/48014.61051;
-        Y. Boykov and V. Kolmogorov, An experimental comparison of min-cut/max-flow algorithms,
-        https://doi.org/10.1109/TPAMI.2004.60
+    Y. Boykov and V. Kolmogorov, An experimental comparison of min-cut/max-flow algorithms,
+    https://doi.org/10.1109/TPAMI.2004.60
     """
     _check(source, sink, capacity)
     if not source.numel():

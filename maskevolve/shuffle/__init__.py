@@ -77,7 +77,7 @@ def compute_scores(scores: Scores) -> Tensor:
     Raises:
         ValueError: where scores are NaN (on the CPU; elsewhere they count as the highest) or complex.
 
-    Example:
+    Examples:
         >>> import torch
         >>> compute_scores(Blend(torch.zeros(1, 2), torch.ones(1, 2), torch.tensor(0.25)))
         tensor([[0.2500, 0.2500]])
