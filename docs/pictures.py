@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from maskevolve import EvolvingMask, GraphCutPartitioner, PartTeacher, mincut, parts_from_segmentation
@@ -171,7 +171,7 @@ def cut() -> Figure:
     row, column = 8, 5
     over = {"extent": (0, PHOTO, PHOTO, 0), "alpha": 0.7}
     figure.axes[0].imshow(affinity[0, row * GRID + column].clamp(min=0).view(GRID, GRID).numpy(), cmap="YlOrRd", **over)
-    square = plt.Rectangle((16 * column, 16 * row), 16, 16, fill=False, edgecolor="tab:blue", linewidth=2)
+    square = Rectangle((16 * column, 16 * row), 16, 16, fill=False, edgecolor="tab:blue", linewidth=2)
     figure.axes[0].add_patch(square)
     figure.axes[2].add_collection(border_lines(capacity))
     pull = (source - sink).numpy()
