@@ -220,9 +220,16 @@ def own_parts() -> Figure:
     return panels(pictures, ["segments of pixels", "parts of patches", "PartMask"], 3)
 
 
+def quickstart() -> Figure:
+    """What the script of the quickstart draws."""
+    with mock.patch.object(Figure, "savefig"):  # the script writes into the working folder
+        figure: Figure = names("quickstart.md", "savefig")["figure"]
+    return figure
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
     drawing.__name__: drawing
-    for drawing in (masks, evolving, schedules, own_masks, noise, cut, tree, smoothness, own_parts)
+    for drawing in (masks, evolving, schedules, own_masks, noise, cut, tree, smoothness, own_parts, quickstart)
 }
 
 
