@@ -80,7 +80,8 @@ def teachers() -> str:
         for row in rows:
             for key in (key for key in row if key.startswith("index_")):
                 score = f"{row[key]:.3f} ± {row[key.replace('index', 'error')]:.3f}"
-                found[row["name"], f"{key.split('_')[-1]} epochs"] = score
+                stage = key.split("_")[-1]
+                found[row["name"], f"{stage} epoch{'' if stage == '1' else 's'}"] = score
         return found
 
     return by_machine("teachers", cells)
