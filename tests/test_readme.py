@@ -187,6 +187,28 @@ def test_masks_by_hand(run):
     assert names["state"]["teacher"]["epoch"] == 1
 
 
+def test_validations_that_can_be_compared():
+    (block,) = [block for block in blocks("docs/masks.md") if "def validate" in block]
+    names = an_evolution()
+    exec(block, names)
+    evolution, model, batches, masks = names["evolution"], names["model"], torch.randn(3, 2, 3, 64, 64), []
+    draw = evolution.mask
+
+    def mask(*args):
+        masked = draw(*args)
+        masks.append(masked.mask)
+        return masked
+
+    evolution.mask = mask
+    for names["epoch"] in (0, 2):
+        evolution.set_epoch(names["epoch"])
+        assert names["validate"](model, batches) > 0
+        torch.nn.init.normal_(model.patch_embed.proj.weight)  # so that the teacher would cut other parts
+        evolution.update()
+    assert evolution.masking.alpha < 1
+    assert torch.equal(torch.stack(masks[:3]), torch.stack(masks[3:]))
+
+
 def test_the_script_of_the_quickstart_draws_its_picture(run):
     *_, names = run("docs/quickstart.md")
     assert Path("evolution.png").stat().st_size > 10_000
