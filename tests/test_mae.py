@@ -207,6 +207,7 @@ class TestEverydayTraining:
         evolution.remove()
         torch._dynamo.reset()
 
+    @pytest.mark.skipif(torch.__version__ < (2, 5), reason="torch 2.4 cannot trace what a thread has seen")
     def test_masks_without_a_teacher_need_no_graph_break(self):
         torch._dynamo.reset()
         model, images = MAE(depth=1), torch.randn(2, 3, 64, 64)

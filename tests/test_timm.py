@@ -244,6 +244,7 @@ class TestEverydayTraining:
                 compiled(images)
         torch._dynamo.reset()
 
+    @pytest.mark.skipif(torch.__version__ < (2, 5), reason="torch 2.4 cannot trace what a thread has seen")
     def test_masks_without_a_teacher_need_no_graph_break(self):
         torch._dynamo.reset()
         vit, size = make("plain", depth=1)
@@ -252,7 +253,8 @@ class TestEverydayTraining:
         assert compiled(torch.randn(2, 3, *size)).shape == (2, 5)
         torch._dynamo.reset()
 
-    @pytest.mark.parametrize("name", ["plain", "EVA"])
+    # Older versions of timm cannot checkpoint an EVA.
+    @pytest.mark.parametrize("name", ["plain", "EVA"] if "RoPE, registers" in MODELS else ["plain"])
     def test_checkpointed_activations(self, name):
         vit, size = make(name)
         evolving(vit)
@@ -318,13 +320,12 @@ def test_patch_dropout_of_older_versions():
     """It had an option in place of a class of its own."""
 
     class Dropout(PatchDropout):
-        return_indices = True
-
         def forward(self, x):
-            return super().forward(x), None
+            return x, None
 
     vit, size = make("EVA")
     vit.patch_drop = Dropout(0.75, 1)
+    vit.patch_drop.return_indices = True
     evolving(vit)
     assert vit.forward_features(torch.randn(2, 3, *size)).shape == (2, 10, 48)
 
