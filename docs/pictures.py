@@ -27,7 +27,8 @@ from maskevolve.schedule import alpha_at, num_parts_at, num_parts_by
 from maskevolve.viz import mask_picture, part_picture
 
 DOCS = Path(__file__).parent
-WIDTH, DPI, FONT = 4.2, 190, 8  # inches, pixels an inch, points: readable where a page is 400 pixels wide
+WIDTH, DPI, FONT = 4.2, 150, 8  # inches, pixels an inch, points: readable where a page is 400 pixels wide
+WIDEST = 800  # pixels
 GAP, LINE = 0.05, 0.14  # inches, between panels and for a line of a title
 PHOTO, GRID = 224, 14  # pixels, patches
 
@@ -171,7 +172,7 @@ def cut() -> Figure:
     row, column = 8, 5
     over = {"extent": (0, PHOTO, PHOTO, 0), "alpha": 0.7}
     figure.axes[0].imshow(affinity[0, row * GRID + column].clamp(min=0).view(GRID, GRID).numpy(), cmap="YlOrRd", **over)
-    square = Rectangle((16 * column, 16 * row), 16, 16, fill=False, edgecolor="tab:blue", linewidth=2)
+    square = Rectangle((16 * column, 16 * row), 16, 16, fill=False, edgecolor="blue", linewidth=2)
     figure.axes[0].add_patch(square)
     figure.axes[2].add_collection(border_lines(capacity))
     pull = (source - sink).numpy()
@@ -234,11 +235,17 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG of few colours, for a small file."""
+    """Write a PNG of 256 colours, for a small file; dithered, for smooth shades."""
     raw = io.BytesIO()
-    figure.savefig(raw, dpi=DPI, facecolor="white")
-    with Image.open(raw) as picture:
-        picture.convert("RGB").quantize(160, dither=Image.Dither.NONE).save(path, optimize=True)
+    figure.savefig(raw, dpi=min(DPI, WIDEST / figure.get_figwidth()), facecolor="white")
+    with Image.open(raw) as opened:
+        picture = opened.convert("RGB")
+    few = picture.quantize(256, kmeans=2)
+    colours = np.array(few.getpalette()).reshape(-1, 3)
+    few.putpalette(
+        np.where((colours > 247).all(1, keepdims=True), 255, colours).flatten().tolist()
+    )  # white stays white
+    picture.quantize(palette=few, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -179,7 +179,7 @@ def thumbnail(path):
 
 def test_pictures_of_the_pages_are_drawn_anew(tmp_path, monkeypatch):
     """By one command, small, and as they are in docs/pictures, but for the versions of other libraries."""
-    monkeypatch.setattr(pictures, "DPI", 50)  # the least of the time
+    monkeypatch.setattr(pictures, "DPI", 75)  # half of theirs takes less time
     pictures.main(["--out", str(tmp_path)])
     drawn = {path.name for path in tmp_path.iterdir()}
     pages = "".join(page.read_text() for page in DOCS.glob("*.md"))

@@ -72,7 +72,8 @@ def a_trainer():
     arguments = TrainingArguments("out", num_train_epochs=2, report_to=[], disable_tqdm=True, use_cpu=True)
     images = [{"pixel_values": torch.randn(3, 64, 64)} for _ in range(8)]
     model = ViTMAEForPreTraining(ViTMAEConfig(**SIZES, **decoder))
-    return {"model": model, "epochs": 2, "training_args": arguments, "images": images, "Trainer": Trainer}
+    names = {"model": model, "epochs": 2, "training_args": arguments, "images": images}
+    return {**names, "Trainer": Trainer, "TrainingArguments": TrainingArguments}
 
 
 def run_mim():
@@ -163,10 +164,30 @@ def test_lines_to_paste_are_at_most_five(page):
 
 
 def test_what_the_page_of_the_trainer_says(run):
-    *_, names = run("docs/hosts/vit_mae.md")
+    (names,) = run("docs/hosts/vit_mae.md", "trainer_callback")
     names["trainer"].train()
     assert names["evolution"].masking.alpha > 0.9
     assert names["teacher"].model.n_averaged == 2
+
+
+def test_evaluations_of_the_trainer_can_be_compared(run):
+    *_, names = run("docs/hosts/vit_mae.md")
+    trainer, evolution, drawn = names["trainer"], names["evolution"], {True: [], False: []}
+    names["teacher"].decay = 1  # so that parts do not change
+    draw = evolution.mask
+
+    def mask(*args):
+        masked = draw(*args)
+        drawn[names["model"].training].append((float(evolution.masking.alpha), masked.mask))
+        return masked
+
+    evolution.mask = mask
+    trainer.train()
+    assert sum("eval_loss" in row for row in trainer.state.log_history) == 2
+    assert [alpha for alpha, _ in drawn[True]] == pytest.approx([0.5**0.5, 1])  # after evaluations, too
+    (first, one), (second, other) = drawn[False]
+    assert first == second == 1
+    assert torch.equal(one, other)
 
 
 def test_what_the_page_of_run_mim_says(run):

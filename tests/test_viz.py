@@ -26,12 +26,38 @@ def test_outlines_run_between_parts_and_nowhere_else():
     parts = torch.tensor([[0, 0, 1], [0, 2, 1]])
     picture = part_picture(torch.zeros(3, 32, 48), parts.flatten(), (2, 3))
     outlined = (picture == OUTLINE).all(-1)
-    assert outlined[:16, 31:33].all()
-    assert outlined[15:17, 16:32].all()
-    assert not outlined[:15, :31].any()
-    assert not outlined[:, 33:].any()
+    assert outlined[:, 32].all()
+    assert outlined[16, 16:32].all()
+    assert outlined[16:, 16].all()
+    assert outlined.sum() == 32 + 16 + 16 - 1
     one_part = part_picture(torch.zeros(3, 32, 48), torch.zeros(6, dtype=torch.long), (2, 3))
     assert not one_part.any()
+
+
+@pytest.mark.parametrize(("size", "expected"), [((30, 60), 1), ((150, 300), 1), ((300, 159), 2), ((900, 1200), 6)])
+def test_outlines_are_as_wide_as_a_150th_of_the_shorter_side(size, expected):
+    parts = torch.tensor([[0, 0, 0], [0, 1, 0]])
+    picture = part_picture(torch.zeros(3, *size), parts.flatten(), (2, 3))
+    outlined = (picture == OUTLINE).all(-1)
+    below, across = outlined[size[0] * 3 // 4], outlined[:, size[1] // 2]
+    first, second = size[1] // 3, size[1] * 2 // 3
+    for lines, places in ((below, [first, second]), (across, [size[0] // 2])):
+        assert lines.sum() == expected * len(places)
+        for place in places:
+            assert lines[place - expected // 2 : place - expected // 2 + expected].all()
+
+
+@pytest.mark.parametrize("colour", [None, 0.0, 0.5, 1.0])
+def test_removed_patches_can_be_seen_in_pictures_without_colour(colour):
+    grey = torch.rand(1, 16, 16) if colour is None else torch.full((1, 16, 16), colour)
+    mask = torch.tensor([0, 1, 1, 0])
+    picture = mask_picture(grey, mask)
+    removed = np.ptp(picture, axis=2) > 0.2
+    assert np.array_equal(removed, np.kron([[0, 1], [1, 0]], np.ones((8, 8))) == 1)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    mean, std = mean[:, None, None], std[:, None, None]
+    rgb = (grey - mean) / std * std + mean  # equal but for rounding
+    assert np.allclose(mask_picture(rgb, mask), picture, atol=1e-5)
 
 
 def test_the_image_is_not_changed():
@@ -53,8 +79,19 @@ def test_evolution_figure_has_a_column_for_each_point(tmp_path):
     figure = evolution_figure(images, [mask] * 3, [None, parts, parts], ["a", "b", "c"])
     assert len(figure.axes) == 4 * 4
     assert [ax.get_title() for ax in figure.axes[:4]] == ["image", "a", "b", "c"]
+    assert [ax.get_ylabel() for ax in figure.axes[1::4]] == ["parts", "visible"] * 2
     figure.savefig(tmp_path / "evolution.png")
-    assert len(evolution_figure(images, [mask], [None], ["a"]).axes) == 2 * 2
+    titles = [ax.title.get_window_extent().y0 for ax in figure.axes[:4]]
+    assert max(titles) - min(titles) < 1, "on one line, where there were no parts, too"
+    figure = evolution_figure(images, [mask], [None], ["a"])
+    assert len(figure.axes) == 2 * 2
+    assert [ax.get_ylabel() for ax in figure.axes[1::2]] == ["visible"] * 2
+
+
+def test_long_titles_are_broken_after_their_commas():
+    titles = ["epoch 0, alpha 0.17", "a, b"]
+    figure = evolution_figure(torch.rand(1, 3, 8, 8), [torch.zeros(1, 4)] * 2, [None] * 2, titles)
+    assert [ax.get_title() for ax in figure.axes[1:3]] == ["epoch 0,\nalpha 0.17", "a, b"]
 
 
 @pytest.mark.parametrize("colours", [False, True])
@@ -127,6 +164,41 @@ def test_a_colour_is_a_part_and_a_part_a_colour():
     assert picture.min() >= 0
     assert picture.max() <= 1
     assert picture.dtype == np.float32
+
+
+def test_parts_keep_their_colours_where_others_are_split():
+    generator = torch.Generator().manual_seed(0)
+    before = changed = 0
+    for _ in range(10):
+        centres = 14 * torch.rand(20, 2, generator=generator)
+        places = torch.cartesian_prod(torch.arange(14.0), torch.arange(14.0))
+        parts, colours = torch.zeros(196, dtype=torch.long), None
+        for count in range(2, 15):
+            ours = parts == parts[torch.randint(196, (), generator=generator)]  # the larger, the likelier
+            one, other = torch.cdist(places[ours], centres[torch.randperm(20, generator=generator)[:2]]).unbind(1)
+            split = parts.clone()
+            split[ours] = torch.where(one < other, parts[ours], count)
+            split = split.unique(return_inverse=True)[1]  # in another order
+            picture = part_picture(torch.full((3, 14, 14), 0.5), split, colours=True).reshape(196, 3)
+            if colours is not None:
+                changed += int((np.abs(picture - colours).max(1) > 1e-6)[~ours].sum())
+                before += int((~ours).sum())
+            parts, colours = split, picture
+    assert changed < 0.04 * before
+
+
+def test_neighbours_are_told_apart():
+    generator = torch.Generator().manual_seed(0)
+    for count in (5, 10, 20, 40):
+        centres = 14 * torch.rand(count, 2, generator=generator)
+        places = torch.cartesian_prod(torch.arange(14.0), torch.arange(14.0))
+        parts = torch.cdist(places, centres).argmin(1)
+        picture = part_picture(torch.full((3, 14, 14), 0.5), parts, colours=True)
+        grid = parts.view(14, 14).numpy()
+        for one, other in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+            border = grid[one] != grid[other]
+            distances = np.linalg.norm(picture[one] - picture[other], axis=-1)[border]
+            assert distances.min() > 0.2
 
 
 def test_the_picture_is_seen_through_the_colours():
