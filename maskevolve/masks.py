@@ -82,7 +82,7 @@ class Masking(nn.Module):
         if device is None and parts is not None:
             device = parts.device
         check_whole("batch_size", batch_size, 0, "the number of images")
-        scores = self.draw(batch_size, check_grid(grid_size), parts, device=device, generator=generator)
+        scores = _draw(self, batch_size, check_grid(grid_size), parts, device=device, generator=generator)
         return F.compute_scores(scores)
 
     def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
@@ -127,7 +127,7 @@ class Masking(nn.Module):
                 or where parts are missing or malformed.
         """
         x, grid_size = self._flatten(x)
-        scores = self.draw(x.shape[0], grid_size, parts, device=x.device, generator=generator)
+        scores = _draw(self, x.shape[0], grid_size, parts, device=x.device, generator=generator)
         return F.mask_patches(x, scores, mask_ratio, generator=generator)
 
     def sample(
@@ -408,11 +408,11 @@ class EvolvingMask(Masking):
             raise ValueError(f"EvolvingMask with alpha={self._alpha:.3g} needs parts, but got None: {HOW_TO_GET_PARTS}")
         # Without parts, a mask that needs them has no weight: the other one is all there is.
         if parts is None and self.end.needs_parts:
-            return self.start.draw(batch_size, grid_size, None, **source)
+            return _draw(self.start, batch_size, grid_size, None, **source)
         if parts is None and self.start.needs_parts:
-            return self.end.draw(batch_size, grid_size, None, **source)
-        start = self.start.draw(batch_size, grid_size, parts, **source)
-        end = self.end.draw(batch_size, grid_size, parts, **source)
+            return _draw(self.end, batch_size, grid_size, None, **source)
+        start = _draw(self.start, batch_size, grid_size, parts, **source)
+        end = _draw(self.end, batch_size, grid_size, parts, **source)
         return F.Blend(_no_blend(start), _no_blend(end), self.alpha.to(source["device"], torch.float32))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EvolvingMask:
@@ -424,6 +424,15 @@ class EvolvingMask(Masking):
     def extra_repr(self) -> str:
         grid = super().extra_repr()
         return f"total_epochs={self.total_epochs}, power={self.power}" + (f", {grid}" if grid else "")
+
+
+def _draw(
+    masking: Masking, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any
+) -> Scores:
+    """What a mask draws, checked."""
+    scores = masking.draw(batch_size, grid_size, parts, **source)
+    F.check_scores(scores, (batch_size, grid_size[0] * grid_size[1]))
+    return scores
 
 
 def _no_blend(scores: Scores) -> Tensor | F.GroupDraws:

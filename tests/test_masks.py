@@ -454,7 +454,7 @@ def test_evolving_mask_takes_the_grid_of_its_ends():
 
 
 def test_scores_of_another_shape():
-    with pytest.raises(ValueError, match=r"\[2, 15\].*\[2, 16, 3\]"):
+    with pytest.raises(ValueError, match=r"\[2, 15\].*\[2, 16\]"):
         F.mask_patches(torch.zeros(2, 16, 3), torch.zeros(2, 15))
 
 
@@ -641,6 +641,50 @@ def test_scores_that_are_nan(dtype):
 def test_scores_that_are_complex():
     with pytest.raises(ValueError, match=r"complex64.*real"):
         F.mask_patches(torch.zeros(2, 16, 1), torch.zeros(2, 16, dtype=torch.complex64))
+
+
+BAD_SCORES = {
+    "[N]": torch.rand(16),
+    "[1, N]": torch.rand(1, 16),
+    "[B, 1]": torch.rand(3, 1),
+    "[B, H, W]": torch.rand(3, 4, 4),
+    "[2B, N]": torch.rand(6, 16),
+    "[B, N + 1]": torch.rand(3, 17),
+    "one key": F.GroupDraws(torch.zeros(1, dtype=torch.int64), torch.arange(16)[None]),
+    "groups [B, 1]": F.GroupDraws(torch.arange(3), torch.zeros(3, 1, dtype=torch.int64)),
+    "a blend": F.Blend(torch.rand(3, 16), torch.rand(1, 16), torch.tensor(0.5)),
+}
+NO_SCORES = {"None": None, "array": torch.rand(3, 16).numpy(), "list": [[0.5] * 16] * 3}
+PLACES = {
+    "alone": lambda own: own,
+    "start": lambda own: halfway(start=own),
+    "end": lambda own: halfway(end=own),
+    "start, without parts": lambda own: EvolvingMask(10, start=own),
+    "nested": lambda own: halfway(end=halfway(start=own, end=RandomMask())),
+}
+every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+
+
+def calls_of(masking):
+    parts = random_parts(3, 16)
+    yield lambda: masking(torch.zeros(3, 16, 1), parts=parts if masking.needs_parts else None)
+    yield lambda: masking.scores(3, 4, parts=parts if masking.needs_parts else None)
+
+
+@every_place
+@pytest.mark.parametrize("scores", BAD_SCORES.values(), ids=BAD_SCORES)
+def test_scores_of_another_shape_are_refused_wherever_a_mask_is(scores, place):
+    for call in calls_of(place(Own(scores))):
+        with pytest.raises(ValueError, match=r"scores has shape .*, but must be \[B, N\] = \[3, 16\]"):
+            call()
+
+
+@every_place
+@pytest.mark.parametrize("scores", NO_SCORES.values(), ids=NO_SCORES)
+def test_scores_that_are_no_tensor_are_refused_wherever_a_mask_is(scores, place):
+    for call in calls_of(place(Own(scores))):
+        with pytest.raises(TypeError, match=r"scores is a (NoneType|ndarray|list), but must be a tensor"):
+            call()
 
 
 @pytest.fixture
