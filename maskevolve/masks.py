@@ -304,10 +304,7 @@ class PartMask(Masking):
         return False
 
     def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
-        if parts is None:
-            raise ValueError(f"PartMask needs parts, but got None: {HOW_TO_GET_PARTS}")
-        F.check_parts(parts, (batch_size, grid_size[0] * grid_size[1]))
-        return F.part_draws(parts.to(source["device"]), generator=source["generator"])
+        return F.part_draws(_needed(self, parts).to(source["device"]), generator=source["generator"])
 
 
 class EvolvingMask(Masking):
@@ -405,7 +402,7 @@ class EvolvingMask(Masking):
 
     def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
         if parts is None and self.needs_parts:
-            raise ValueError(f"EvolvingMask with alpha={self._alpha:.3g} needs parts, but got None: {HOW_TO_GET_PARTS}")
+            _needed(self, parts)
         # Without parts, a mask that needs them has no weight: the other one is all there is.
         if parts is None and self.end.needs_parts:
             return _draw(self.start, batch_size, grid_size, None, **source)
@@ -426,13 +423,23 @@ class EvolvingMask(Masking):
         return f"total_epochs={self.total_epochs}, power={self.power}" + (f", {grid}" if grid else "")
 
 
-def _draw(
-    masking: Masking, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any
-) -> Scores:
-    """What a mask draws, checked."""
+def _draw(masking: Masking, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
+    """What a mask draws. The parts that it needs are checked, and what it returns."""
+    shape = batch_size, grid_size[0] * grid_size[1]
+    # A blend leaves parts to its masks: if it read its alpha here, torch.compile would compile anew in each epoch.
+    if (parts is None or not isinstance(masking, EvolvingMask)) and masking.needs_parts:
+        F.check_parts(_needed(masking, parts), shape)
     scores = masking.draw(batch_size, grid_size, parts, **source)
-    F.check_scores(scores, (batch_size, grid_size[0] * grid_size[1]))
+    F.check_scores(scores, shape)
     return scores
+
+
+def _needed(masking: Masking, parts: Tensor | None) -> Tensor:
+    """Parts, for a mask that cannot do without."""
+    if parts is None:
+        alpha = f" with alpha={masking._alpha:.3g}" if isinstance(masking, EvolvingMask) else ""
+        raise ValueError(f"{type(masking).__name__}{alpha} needs parts, but got None: {HOW_TO_GET_PARTS}")
+    return parts
 
 
 def _no_blend(scores: Scores) -> Tensor | F.GroupDraws:

@@ -419,10 +419,49 @@ def test_parts_that_are_no_tensor():
         PartMask()(torch.zeros(2, 16, 1), parts=torch.zeros(2, 16).long().numpy())
 
 
-@pytest.mark.parametrize("make", [PartMask, halfway])
+class OfParts(Masking):
+    """A mask of one's own that cannot do without parts."""
+
+    needs_parts = True
+
+    def draw(self, batch_size, grid_size, parts, **source):
+        return parts % 2
+
+
+class Wrapped(Masking):
+    """A mask of one's own that does not say what the one inside of it needs."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def draw(self, *args, **source):
+        return self.inner.draw(*args, **source)
+
+
+@pytest.mark.parametrize("make", [PartMask, halfway, OfParts, lambda: halfway(start=OfParts(), end=RandomMask())])
 def test_missing_parts(make):
-    with pytest.raises(ValueError, match=r"(PartMask|alpha=0\.707).*needs parts.*PartTeacher"):
-        make()(torch.zeros(2, 16, 1))
+    refused = r"(PartMask|EvolvingMask with alpha=0\.707|OfParts) needs parts, but got None.*PartTeacher"
+    for call in (
+        lambda masking: masking(torch.zeros(2, 16, 1)),
+        lambda masking: masking.sample(2, 4),
+        lambda masking: masking.scores(2, 4),
+    ):
+        with pytest.raises(ValueError, match=refused):
+            call(make())
+
+
+@pytest.mark.parametrize("make", [PartMask, halfway])
+def test_missing_parts_of_a_mask_inside_of_another(make):
+    with pytest.raises(ValueError, match="needs parts, but got None"):
+        Wrapped(make())(torch.zeros(2, 16, 1))
+
+
+@pytest.mark.parametrize("parts", [torch.zeros(2, 15).long(), torch.zeros(2, 4, 4).long(), torch.zeros(2, 16)])
+@pytest.mark.parametrize("make", [OfParts, lambda: EvolvingMask(10, start=OfParts(), end=RandomMask())])
+def test_malformed_parts_of_a_mask_of_ones_own(make, parts):
+    with pytest.raises(ValueError, match=r"parts has (shape|dtype)"):
+        make()(torch.zeros(2, 16, 1), parts=parts)
 
 
 @pytest.mark.parametrize(
