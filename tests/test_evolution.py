@@ -281,7 +281,7 @@ class DeepSpeedLike:
     """No Optimizer, with one inside that steps before weights are cast, and steps that overflow."""
 
     def __init__(self, optimizer):
-        self.optimizer, self.overflow = optimizer, False
+        self.optimizer, self.overflow, self.param_groups = optimizer, False, optimizer.param_groups
 
     def step(self, closure=None):
         if not self.overflow:
@@ -399,9 +399,16 @@ class TestFollow:
                 optimizer.step()
             assert len(updates) == count
 
-    def test_what_has_no_step(self, followed):
-        with pytest.raises(TypeError, match=r"has no step\(\) to follow"):
-            followed[1].follow(followed[0])
+    def test_what_is_no_optimizer(self, followed):
+        model, evolution, updates = followed
+        optimizer = torch.optim.AdamW(model.parameters())
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        for other in (model, scheduler, torch.optim.AdamW, DeepSpeedLike, "adam", None, 3, [optimizer], Scaler()):
+            with pytest.raises(TypeError, match=r"(?s)optimizer=.* is no optimizer.*pass the optimizer itself"):
+                evolution.follow(other)
+        optimizer.step()
+        scheduler.step()
+        assert not updates
 
     def test_the_teacher_moves(self):
         model = MAE(depth=1)

@@ -148,7 +148,7 @@ class Evolution:
             A handle, whose ``.remove()`` ends it.
 
         Raises:
-            TypeError: where it has no step.
+            TypeError: where it is none.
             ValueError: where it is followed already.
 
         Examples:
