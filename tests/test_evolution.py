@@ -588,6 +588,15 @@ def test_a_checkpoint_that_holds_more_is_named():
     evolution = apply_to_mae(model, EvolvingMask(4), make_teacher(model, total_epochs=4))
     with pytest.raises(ValueError, match=r"no state of an evolution.*keys model, evolution"):
         evolution.load_state_dict({"model": {}, "evolution": evolution.state_dict()})
+    with pytest.raises(ValueError, match=r"keys k0, k1, k2, k3, k4 and 195 more: pass"):
+        evolution.load_state_dict({f"k{index}": None for index in range(200)})
+
+
+@pytest.mark.parametrize("state", ["checkpoint.pt", None, [1], 3])
+def test_a_state_that_is_no_dictionary(state):
+    evolution = apply_to_mae(MAE(depth=1), EvolvingMask(10))
+    with pytest.raises(TypeError, match=r"state=.* is no state of an evolution: .*torch\.load"):
+        evolution.load_state_dict(state)
 
 
 def test_what_is_no_mask_and_no_labels_is_named():
