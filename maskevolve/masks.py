@@ -13,7 +13,7 @@ from . import functional as F
 from .checks import check_grid, check_range, check_whole
 from .functional import GridSize, MaskedPatches, Scores
 from .precision import keep_dtype
-from .schedule import Schedule, alpha_at, clamp_epoch
+from .schedule import Schedule, alpha_at, clamp_epoch, warn_outside
 
 __all__ = ["BlockMask", "EvolvingMask", "GridMask", "Masking", "PartMask", "RandomMask"]
 
@@ -382,8 +382,12 @@ class EvolvingMask(Masking):
 
         Args:
             epoch: counted from 0; fractions are progress within an epoch. Clamped to the training.
+
+        Warns:
+            UserWarning: once, where the epoch is below 0 or above total_epochs.
         """
         alpha = alpha_at(epoch, self.total_epochs, self.power)  # first, for it may raise an error
+        warn_outside(self, epoch, self.total_epochs)
         _set_epoch_inside(self, epoch)
         self._alpha = alpha
         self.alpha.fill_(alpha)
@@ -451,7 +455,9 @@ def _set_epoch_inside(module: nn.Module, epoch: float) -> None:
     """Move the outermost masks inside of a module; each of them moves those inside of itself."""
     inner: Any
     for inner in module.children():
-        if hasattr(inner, "set_epoch"):
+        if isinstance(inner, EvolvingMask):
+            inner.set_epoch(clamp_epoch(epoch, inner.total_epochs))  # a stage may end before the training does
+        elif hasattr(inner, "set_epoch"):
             inner.set_epoch(epoch)
         else:
             _set_epoch_inside(inner, epoch)

@@ -20,7 +20,7 @@ from .functional import GridSize
 from .geometry import patch_grid, whole_patches
 from .partition import PartHierarchy
 from .precision import keep_dtype
-from .schedule import Schedule, clamp_epoch, num_parts_at, num_parts_by
+from .schedule import Schedule, clamp_epoch, num_parts_at, num_parts_by, warn_outside
 from .segmentation import parts_from_segmentation
 
 __all__ = ["FrozenTeacher", "PartTeacher", "unwrap"]
@@ -71,8 +71,12 @@ class _Teacher(nn.Module):
 
         Args:
             epoch: counted from 0; fractions are progress within an epoch. Clamped to the training.
+
+        Warns:
+            UserWarning: once, where the epoch is below 0 or above total_epochs.
         """
         self.num_parts = self._num_parts_in(epoch)
+        warn_outside(self, epoch, self.total_epochs)
         self.epoch.fill_(clamp_epoch(epoch, self.total_epochs))
         return self
 

@@ -128,6 +128,7 @@ def test_moves_with_the_images():
     assert all(parameter.is_meta for parameter in teacher.model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:epoch=.* is outside of the training")
 def test_follows_the_epoch_and_is_resumed():
     teacher, images = frozen(make_vit()), photographs(2, 224)
     assert (teacher.num_parts, teacher.set_epoch(4.5).num_parts, teacher.set_epoch(99).num_parts) == (12, 8, 4)

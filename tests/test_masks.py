@@ -244,6 +244,7 @@ def test_evolving_mask_goes_from_start_to_end():
         assert all(scores[labels == label].unique().numel() == 1 for label in labels.unique())
 
 
+@pytest.mark.filterwarnings("ignore:epoch=.* is outside of the training")
 @pytest.mark.parametrize(("epoch", "alpha"), [(0, 0.1), (24, 0.5), (99, 1), (-7, 0.1), (1e9, 1), (23.5, 0.245**0.5)])
 def test_alpha_follows_the_epoch(epoch, alpha):
     masking = EvolvingMask(100)

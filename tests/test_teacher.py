@@ -39,6 +39,7 @@ def test_parts_follow_the_grid_of_rectangular_images():
     assert make_teacher(vit)(torch.randn(2, 3, 96, 224)).shape == (2, 84)
 
 
+@pytest.mark.filterwarnings("ignore:epoch=.* is outside of the training")
 def test_number_of_parts_falls_with_the_epoch():
     teacher, images = make_teacher(make_vit(), num_parts=(8, 2)), torch.randn(2, 3, 224, 224)
     for epoch, most in ((-1, 8), (0, 8), (4.5, 5), (9, 2), (100, 2)):

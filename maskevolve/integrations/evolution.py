@@ -121,6 +121,9 @@ class Evolution:
 
         Args:
             epoch: counted from 0; fractions are progress within an epoch. Clamped to the training.
+
+        Warns:
+            UserWarning: once, where the epoch is below 0 or above total_epochs.
         """
         self._has_epoch = True
         self._watch.check_masks()
