@@ -195,5 +195,7 @@ class TestWrongUse:
 def test_images_that_the_frozen_model_cannot_take():
     vit = timm.create_model("vit_tiny_patch16_224", img_size=112, depth=1)
     teacher = FrozenTeacher(vit, GraphCutPartitioner(), total_epochs=10)
-    with pytest.raises(ValueError, match=r"VisionTransformer cannot read images of shape \[2, 3, 64, 64\].*transform="):
+    message = r"VisionTransformer cannot read images of shape \[2, 3, 64, 64\].*transform="
+    with pytest.raises(ValueError, match=message) as raised:
         teacher(torch.randn(2, 3, 64, 64))
+    assert ".." not in str(raised.value).replace("transform=...", "")
