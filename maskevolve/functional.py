@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_grid, is_number
+from .checks import check_grid, check_tensor, is_number
 from .shuffle import Blend, GroupDraws, Scores, compute_scores, random_key, shuffle, take
 
 __all__ = [
@@ -280,6 +280,25 @@ def check_parts(parts: Tensor, shape: tuple[int, int] | None = None) -> None:
         )
 
 
+def check_scores(scores: Scores, shape: tuple[int, int]) -> None:
+    """Raise an error where scores, or the tensors of a recipe for them, are not those of `shape`, (B, N)."""
+    if isinstance(scores, Blend):
+        check_scores(scores.start, shape)
+        check_scores(scores.end, shape)
+        return
+    if isinstance(scores, GroupDraws):  # one draw of each image, for groups that may be the same in all
+        fits = scores.key.shape == shape[:1] and scores.groups.shape in (shape, (1, shape[1]))
+        found = f"key {list(scores.key.shape)} and groups {list(scores.groups.shape)}"
+    else:
+        check_tensor("scores", scores)
+        fits, found = scores.shape == shape, str(list(scores.shape))
+    if not fits:
+        one = "; fixed masks call draw for one image at a time" if shape[0] == 1 else ""
+        raise ValueError(
+            f"scores has shape {found}, but must be [B, N] = {list(shape)}, one score for each patch, row by row{one}"
+        )
+
+
 def mask_patches(
     x: Tensor, scores: Scores, mask_ratio: float = 0.75, *, generator: torch.Generator | None = None
 ) -> MaskedPatches:
@@ -304,8 +323,7 @@ def mask_patches(
         >>> mask_patches(x, torch.tensor([[0.9, 0.1, 0.8, 0.2]]), 0.5).visible.flatten()
         tensor([1., 3.])
     """
-    if isinstance(scores, Tensor) and scores.shape != x.shape[:2]:
-        raise ValueError(f"scores has shape {list(scores.shape)}, but x of shape {list(x.shape)} needs [B, N]")
+    check_scores(scores, (x.shape[0], x.shape[1]))
     keep = num_visible(x.shape[1], mask_ratio)
     tie_key = random_key(len(x), x.device, generator)
     ids_keep, ids_restore, mask = shuffle(scores, tie_key, x.shape[1], keep)

@@ -13,7 +13,7 @@ from . import functional as F
 from .checks import check_grid, check_range, check_whole
 from .functional import GridSize, MaskedPatches, Scores
 from .precision import keep_dtype
-from .schedule import Schedule, alpha_at, clamp_epoch
+from .schedule import Schedule, alpha_at, clamp_epoch, warn_outside
 
 __all__ = ["BlockMask", "EvolvingMask", "GridMask", "Masking", "PartMask", "RandomMask"]
 
@@ -82,7 +82,7 @@ class Masking(nn.Module):
         if device is None and parts is not None:
             device = parts.device
         check_whole("batch_size", batch_size, 0, "the number of images")
-        scores = self.draw(batch_size, check_grid(grid_size), parts, device=device, generator=generator)
+        scores = _draw(self, batch_size, check_grid(grid_size), parts, device=device, generator=generator)
         return F.compute_scores(scores)
 
     def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
@@ -127,7 +127,7 @@ class Masking(nn.Module):
                 or where parts are missing or malformed.
         """
         x, grid_size = self._flatten(x)
-        scores = self.draw(x.shape[0], grid_size, parts, device=x.device, generator=generator)
+        scores = _draw(self, x.shape[0], grid_size, parts, device=x.device, generator=generator)
         return F.mask_patches(x, scores, mask_ratio, generator=generator)
 
     def sample(
@@ -304,10 +304,7 @@ class PartMask(Masking):
         return False
 
     def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
-        if parts is None:
-            raise ValueError(f"PartMask needs parts, but got None: {HOW_TO_GET_PARTS}")
-        F.check_parts(parts, (batch_size, grid_size[0] * grid_size[1]))
-        return F.part_draws(parts.to(source["device"]), generator=source["generator"])
+        return F.part_draws(_needed(self, parts).to(source["device"]), generator=source["generator"])
 
 
 class EvolvingMask(Masking):
@@ -385,8 +382,12 @@ class EvolvingMask(Masking):
 
         Args:
             epoch: counted from 0; fractions are progress within an epoch. Clamped to the training.
+
+        Warns:
+            UserWarning: once, where the epoch is below 0 or above total_epochs.
         """
         alpha = alpha_at(epoch, self.total_epochs, self.power)  # first, for it may raise an error
+        warn_outside(self, epoch, self.total_epochs)
         _set_epoch_inside(self, epoch)
         self._alpha = alpha
         self.alpha.fill_(alpha)
@@ -405,14 +406,14 @@ class EvolvingMask(Masking):
 
     def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
         if parts is None and self.needs_parts:
-            raise ValueError(f"EvolvingMask with alpha={self._alpha:.3g} needs parts, but got None: {HOW_TO_GET_PARTS}")
+            _needed(self, parts)
         # Without parts, a mask that needs them has no weight: the other one is all there is.
         if parts is None and self.end.needs_parts:
-            return self.start.draw(batch_size, grid_size, None, **source)
+            return _draw(self.start, batch_size, grid_size, None, **source)
         if parts is None and self.start.needs_parts:
-            return self.end.draw(batch_size, grid_size, None, **source)
-        start = self.start.draw(batch_size, grid_size, parts, **source)
-        end = self.end.draw(batch_size, grid_size, parts, **source)
+            return _draw(self.end, batch_size, grid_size, None, **source)
+        start = _draw(self.start, batch_size, grid_size, parts, **source)
+        end = _draw(self.end, batch_size, grid_size, parts, **source)
         return F.Blend(_no_blend(start), _no_blend(end), self.alpha.to(source["device"], torch.float32))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EvolvingMask:
@@ -426,6 +427,25 @@ class EvolvingMask(Masking):
         return f"total_epochs={self.total_epochs}, power={self.power}" + (f", {grid}" if grid else "")
 
 
+def _draw(masking: Masking, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Scores:
+    """What a mask draws. The parts that it needs are checked, and what it returns."""
+    shape = batch_size, grid_size[0] * grid_size[1]
+    # A blend leaves parts to its masks: if it read its alpha here, torch.compile would compile anew in each epoch.
+    if (parts is None or not isinstance(masking, EvolvingMask)) and masking.needs_parts:
+        F.check_parts(_needed(masking, parts), shape)
+    scores = masking.draw(batch_size, grid_size, parts, **source)
+    F.check_scores(scores, shape)
+    return scores
+
+
+def _needed(masking: Masking, parts: Tensor | None) -> Tensor:
+    """Parts, for a mask that cannot do without."""
+    if parts is None:
+        alpha = f" with alpha={masking._alpha:.3g}" if isinstance(masking, EvolvingMask) else ""
+        raise ValueError(f"{type(masking).__name__}{alpha} needs parts, but got None: {HOW_TO_GET_PARTS}")
+    return parts
+
+
 def _no_blend(scores: Scores) -> Tensor | F.GroupDraws:
     """For a blend is made of what is none."""
     return F.compute_scores(scores) if isinstance(scores, F.Blend) else scores
@@ -435,7 +455,9 @@ def _set_epoch_inside(module: nn.Module, epoch: float) -> None:
     """Move the outermost masks inside of a module; each of them moves those inside of itself."""
     inner: Any
     for inner in module.children():
-        if hasattr(inner, "set_epoch"):
+        if isinstance(inner, EvolvingMask):
+            inner.set_epoch(clamp_epoch(epoch, inner.total_epochs))  # a stage may end before the training does
+        elif hasattr(inner, "set_epoch"):
             inner.set_epoch(epoch)
         else:
             _set_epoch_inside(inner, epoch)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 from .checks import is_number
 
-__all__ = ["Schedule", "alpha_at", "clamp_epoch", "num_parts_at", "num_parts_by"]
+__all__ = ["Schedule", "alpha_at", "clamp_epoch", "num_parts_at", "num_parts_by", "warn_outside"]
 
 Schedule = Callable[[float], float]
 """A function of training progress, which goes from 0 to 1."""
+
+_warned: WeakSet[Any] = WeakSet()
+"""What was moved to an epoch outside of its training, and has said so."""
 
 
 def clamp_epoch(epoch: float, total_epochs: float) -> float:
@@ -38,6 +43,22 @@ def clamp_epoch(epoch: float, total_epochs: float) -> float:
             f"epoch={epoch!r} must be a number: the epoch counted from 0, such as epoch + step / steps_per_epoch"
         )
     return float(min(max(epoch, 0), max(total_epochs - 1, 0)))
+
+
+def warn_outside(owner: Any, epoch: float, total_epochs: float) -> None:
+    """Warn, once for each mask or teacher, where it is moved to an epoch that its training does not have.
+
+    Not at its very end, total_epochs, which trainers reach when they are done.
+    """
+    if 0 <= epoch <= total_epochs or owner in _warned:
+        return
+    _warned.add(owner)
+    warnings.warn(
+        f"epoch={float(epoch):g} is outside of the training, total_epochs={total_epochs:g}: the nearest epoch of it is "
+        "used. Epochs are counted from 0; are these steps? Then call set_epoch(step / steps_per_epoch). This warning "
+        "is given once.",
+        stacklevel=3,
+    )
 
 
 def alpha_at(epoch: float, total_epochs: float, power: float | Schedule = 0.5) -> float:

@@ -15,12 +15,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from .attention import attention_affinity, check_affinity, token_affinity
 from .average import move_average, refuse_sharded, tensors_of, unwrap
-from .checks import check_number, is_whole
+from .checks import check_number, check_tensor, is_whole
 from .functional import GridSize
 from .geometry import patch_grid, whole_patches
 from .partition import PartHierarchy
 from .precision import keep_dtype
-from .schedule import Schedule, clamp_epoch, num_parts_at, num_parts_by
+from .schedule import Schedule, clamp_epoch, num_parts_at, num_parts_by, warn_outside
 from .segmentation import parts_from_segmentation
 
 __all__ = ["FrozenTeacher", "PartTeacher", "unwrap"]
@@ -71,8 +71,12 @@ class _Teacher(nn.Module):
 
         Args:
             epoch: counted from 0; fractions are progress within an epoch. Clamped to the training.
+
+        Warns:
+            UserWarning: once, where the epoch is below 0 or above total_epochs.
         """
         self.num_parts = self._num_parts_in(epoch)
+        warn_outside(self, epoch, self.total_epochs)
         self.epoch.fill_(clamp_epoch(epoch, self.total_epochs))
         return self
 
@@ -93,8 +97,11 @@ class _Teacher(nn.Module):
         Returns:
             parts [B, N] int64: labels 0..k-1 without gaps in each image, k at most the number of parts of this epoch.
             On a grid that is coarser than the model's own, parts may be lost, which leaves gaps.
+
+        Raises:
+            ValueError: where images are of another shape, or of an integer type that the model does not take.
         """
-        affinity, how = self._read(images)
+        affinity, how = self._read_checked(images)
         parts: Tensor = self.partitioner(affinity, self.num_parts, **how)
         own_grid = how["grid_size"]
         if grid_size is None or grid_size == own_grid:
@@ -116,8 +123,24 @@ class _Teacher(nn.Module):
         """
         if not hasattr(self.partitioner, "hierarchy"):
             raise TypeError(f"{type(self.partitioner).__name__} has no hierarchy: use GraphCutPartitioner()")
-        affinity, how = self._read(images)
+        affinity, how = self._read_checked(images)
         return cast(PartHierarchy, cast(Any, self.partitioner).hierarchy(affinity, self.num_parts, **how))
+
+    def _read_checked(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        check_tensor("images", images)
+        if images.ndim != 4:
+            raise ValueError(
+                f"images has shape {list(images.shape)}, but must be [B, C, height, width]: pass images[None] for one"
+            )
+        try:
+            return self._read(images)
+        except RuntimeError as error:
+            if images.is_floating_point():
+                raise
+            raise ValueError(
+                f"images has dtype {images.dtype}, which the model does not take: pass floats as the model is trained "
+                "with, such as images / 255, normalised"
+            ) from error
 
     def _read(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """The affinity [B, N, N] of images, and what else the partitioner is told."""
@@ -308,8 +331,9 @@ class FrozenTeacher(_Teacher):
         try:
             affinity = _Affinity(self.model, self.layers)(seen)
         except Exception as error:
+            reason = str(error).rstrip(".")
             raise ValueError(
-                f"the frozen {type(self.model).__name__} cannot read images of shape {list(seen.shape)}: {error}. "
+                f"the frozen {type(self.model).__name__} cannot read images of shape {list(seen.shape)}: {reason}. "
                 "Bring images to what it takes with transform=..., such as torch.nn.Upsample((height, width))"
             ) from error
         return affinity, self._grid_and_images(self.model, images)

@@ -281,7 +281,7 @@ class DeepSpeedLike:
     """No Optimizer, with one inside that steps before weights are cast, and steps that overflow."""
 
     def __init__(self, optimizer):
-        self.optimizer, self.overflow = optimizer, False
+        self.optimizer, self.overflow, self.param_groups = optimizer, False, optimizer.param_groups
 
     def step(self, closure=None):
         if not self.overflow:
@@ -399,9 +399,16 @@ class TestFollow:
                 optimizer.step()
             assert len(updates) == count
 
-    def test_what_has_no_step(self, followed):
-        with pytest.raises(TypeError, match=r"has no step\(\) to follow"):
-            followed[1].follow(followed[0])
+    def test_what_is_no_optimizer(self, followed):
+        model, evolution, updates = followed
+        optimizer = torch.optim.AdamW(model.parameters())
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        for other in (model, scheduler, torch.optim.AdamW, DeepSpeedLike, "adam", None, 3, [optimizer], Scaler()):
+            with pytest.raises(TypeError, match=r"(?s)optimizer=.* is no optimizer.*pass the optimizer itself"):
+                evolution.follow(other)
+        optimizer.step()
+        scheduler.step()
+        assert not updates
 
     def test_the_teacher_moves(self):
         model = MAE(depth=1)
@@ -581,6 +588,15 @@ def test_a_checkpoint_that_holds_more_is_named():
     evolution = apply_to_mae(model, EvolvingMask(4), make_teacher(model, total_epochs=4))
     with pytest.raises(ValueError, match=r"no state of an evolution.*keys model, evolution"):
         evolution.load_state_dict({"model": {}, "evolution": evolution.state_dict()})
+    with pytest.raises(ValueError, match=r"keys k0, k1, k2, k3, k4 and 195 more: pass"):
+        evolution.load_state_dict({f"k{index}": None for index in range(200)})
+
+
+@pytest.mark.parametrize("state", ["checkpoint.pt", None, [1], 3])
+def test_a_state_that_is_no_dictionary(state):
+    evolution = apply_to_mae(MAE(depth=1), EvolvingMask(10))
+    with pytest.raises(TypeError, match=r"state=.* is no state of an evolution: .*torch\.load"):
+        evolution.load_state_dict(state)
 
 
 def test_what_is_no_mask_and_no_labels_is_named():

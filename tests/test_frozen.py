@@ -130,6 +130,7 @@ def test_moves_with_the_images():
     assert all(parameter.is_meta for parameter in teacher.model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:epoch=.* is outside of the training")
 def test_follows_the_epoch_and_is_resumed():
     teacher, images = frozen(make_vit()), photographs(2, 224)
     assert (teacher.num_parts, teacher.set_epoch(4.5).num_parts, teacher.set_epoch(99).num_parts) == (12, 8, 4)
@@ -196,5 +197,7 @@ class TestWrongUse:
 def test_images_that_the_frozen_model_cannot_take():
     vit = timm.create_model("vit_tiny_patch16_224", img_size=112, depth=1)
     teacher = FrozenTeacher(vit, GraphCutPartitioner(), total_epochs=10)
-    with pytest.raises(ValueError, match=r"VisionTransformer cannot read images of shape \[2, 3, 64, 64\].*transform="):
+    message = r"VisionTransformer cannot read images of shape \[2, 3, 64, 64\].*transform="
+    with pytest.raises(ValueError, match=message) as raised:
         teacher(torch.randn(2, 3, 64, 64))
+    assert ".." not in str(raised.value).replace("transform=...", "")

@@ -244,6 +244,7 @@ def test_evolving_mask_goes_from_start_to_end():
         assert all(scores[labels == label].unique().numel() == 1 for label in labels.unique())
 
 
+@pytest.mark.filterwarnings("ignore:epoch=.* is outside of the training")
 @pytest.mark.parametrize(("epoch", "alpha"), [(0, 0.1), (24, 0.5), (99, 1), (-7, 0.1), (1e9, 1), (23.5, 0.245**0.5)])
 def test_alpha_follows_the_epoch(epoch, alpha):
     masking = EvolvingMask(100)
@@ -419,10 +420,49 @@ def test_parts_that_are_no_tensor():
         PartMask()(torch.zeros(2, 16, 1), parts=torch.zeros(2, 16).long().numpy())
 
 
-@pytest.mark.parametrize("make", [PartMask, halfway])
+class OfParts(Masking):
+    """A mask of one's own that cannot do without parts."""
+
+    needs_parts = True
+
+    def draw(self, batch_size, grid_size, parts, **source):
+        return parts % 2
+
+
+class Wrapped(Masking):
+    """A mask of one's own that does not say what the one inside of it needs."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def draw(self, *args, **source):
+        return self.inner.draw(*args, **source)
+
+
+@pytest.mark.parametrize("make", [PartMask, halfway, OfParts, lambda: halfway(start=OfParts(), end=RandomMask())])
 def test_missing_parts(make):
-    with pytest.raises(ValueError, match=r"(PartMask|alpha=0\.707).*needs parts.*PartTeacher"):
-        make()(torch.zeros(2, 16, 1))
+    refused = r"(PartMask|EvolvingMask with alpha=0\.707|OfParts) needs parts, but got None.*PartTeacher"
+    for call in (
+        lambda masking: masking(torch.zeros(2, 16, 1)),
+        lambda masking: masking.sample(2, 4),
+        lambda masking: masking.scores(2, 4),
+    ):
+        with pytest.raises(ValueError, match=refused):
+            call(make())
+
+
+@pytest.mark.parametrize("make", [PartMask, halfway])
+def test_missing_parts_of_a_mask_inside_of_another(make):
+    with pytest.raises(ValueError, match="needs parts, but got None"):
+        Wrapped(make())(torch.zeros(2, 16, 1))
+
+
+@pytest.mark.parametrize("parts", [torch.zeros(2, 15).long(), torch.zeros(2, 4, 4).long(), torch.zeros(2, 16)])
+@pytest.mark.parametrize("make", [OfParts, lambda: EvolvingMask(10, start=OfParts(), end=RandomMask())])
+def test_malformed_parts_of_a_mask_of_ones_own(make, parts):
+    with pytest.raises(ValueError, match=r"parts has (shape|dtype)"):
+        make()(torch.zeros(2, 16, 1), parts=parts)
 
 
 @pytest.mark.parametrize(
@@ -454,7 +494,7 @@ def test_evolving_mask_takes_the_grid_of_its_ends():
 
 
 def test_scores_of_another_shape():
-    with pytest.raises(ValueError, match=r"\[2, 15\].*\[2, 16, 3\]"):
+    with pytest.raises(ValueError, match=r"\[2, 15\].*\[2, 16\]"):
         F.mask_patches(torch.zeros(2, 16, 3), torch.zeros(2, 15))
 
 
@@ -641,6 +681,50 @@ def test_scores_that_are_nan(dtype):
 def test_scores_that_are_complex():
     with pytest.raises(ValueError, match=r"complex64.*real"):
         F.mask_patches(torch.zeros(2, 16, 1), torch.zeros(2, 16, dtype=torch.complex64))
+
+
+BAD_SCORES = {
+    "[N]": torch.rand(16),
+    "[1, N]": torch.rand(1, 16),
+    "[B, 1]": torch.rand(3, 1),
+    "[B, H, W]": torch.rand(3, 4, 4),
+    "[2B, N]": torch.rand(6, 16),
+    "[B, N + 1]": torch.rand(3, 17),
+    "one key": F.GroupDraws(torch.zeros(1, dtype=torch.int64), torch.arange(16)[None]),
+    "groups [B, 1]": F.GroupDraws(torch.arange(3), torch.zeros(3, 1, dtype=torch.int64)),
+    "a blend": F.Blend(torch.rand(3, 16), torch.rand(1, 16), torch.tensor(0.5)),
+}
+NO_SCORES = {"None": None, "array": torch.rand(3, 16).numpy(), "list": [[0.5] * 16] * 3}
+PLACES = {
+    "alone": lambda own: own,
+    "start": lambda own: halfway(start=own),
+    "end": lambda own: halfway(end=own),
+    "start, without parts": lambda own: EvolvingMask(10, start=own),
+    "nested": lambda own: halfway(end=halfway(start=own, end=RandomMask())),
+}
+every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+
+
+def calls_of(masking):
+    parts = random_parts(3, 16)
+    yield lambda: masking(torch.zeros(3, 16, 1), parts=parts if masking.needs_parts else None)
+    yield lambda: masking.scores(3, 4, parts=parts if masking.needs_parts else None)
+
+
+@every_place
+@pytest.mark.parametrize("scores", BAD_SCORES.values(), ids=BAD_SCORES)
+def test_scores_of_another_shape_are_refused_wherever_a_mask_is(scores, place):
+    for call in calls_of(place(Own(scores))):
+        with pytest.raises(ValueError, match=r"scores has shape .*, but must be \[B, N\] = \[3, 16\]"):
+            call()
+
+
+@every_place
+@pytest.mark.parametrize("scores", NO_SCORES.values(), ids=NO_SCORES)
+def test_scores_that_are_no_tensor_are_refused_wherever_a_mask_is(scores, place):
+    for call in calls_of(place(Own(scores))):
+        with pytest.raises(TypeError, match=r"scores is a (NoneType|ndarray|list), but must be a tensor"):
+            call()
 
 
 @pytest.fixture

@@ -114,9 +114,11 @@ def test_masks_of_ones_own_under_fixed_masks():
         with fixed_masks(masking, seed=1):
             removed.append(torch.cat([masking(part, 0.75).mask for part in patches.split(batch)]))
     assert torch.equal(*removed)
-    masking = own_mask("saliency", (14, 14))
-    with fixed_masks(masking), pytest.raises(ValueError, match=r"scores has shape \[3, 196\]"):
-        masking(patches, 0.75)
+    own = own_mask("saliency", (14, 14))
+    for masking in (own, EvolvingMask(10, start=own, end=RandomMask()).set_epoch(2)):
+        refused = pytest.raises(ValueError, match=r"scores has shape \[3, 196\].*fixed masks call draw for one image")
+        with fixed_masks(masking), refused:
+            masking(patches, 0.75)
 
 
 def test_a_mask_says_that_it_needs_parts_by_an_attribute():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -36,12 +37,14 @@ def test_power_takes_a_function_of_progress(name):
         assert masking.needs_parts == (float(alpha) > 0)
 
 
+@pytest.mark.filterwarnings("ignore:epoch=.* is outside of the training")
 @given(epoch=st.floats(-5, 20), power=st.floats(0, 4))
 def test_a_power_is_a_function_of_progress(epoch, power):
     ours = EvolvingMask(EPOCHS, power=lambda progress: progress**power).set_epoch(epoch)
     assert ours.alpha == EvolvingMask(EPOCHS, power=power).set_epoch(epoch).alpha
 
 
+@pytest.mark.filterwarnings("ignore:epoch=.* is outside of the training")
 @given(epochs=st.floats(0.1, 50), epoch=st.floats(-5, 60))
 def test_progress_lies_between_0_and_1(epochs, epoch):
     seen = []
@@ -93,6 +96,7 @@ def make_teacher(num_parts, epochs=EPOCHS):
     return PartTeacher(Pool(), EMPartitioner(), total_epochs=epochs, num_parts=num_parts)
 
 
+@pytest.mark.filterwarnings("ignore:epoch=.* is outside of the training")
 def test_number_of_parts_takes_a_function_of_progress():
     teacher = make_teacher(lambda progress: 16 * 0.125**progress, epochs=4)
     counts = [teacher.set_epoch(epoch).num_parts for epoch in range(-1, 5)]
@@ -101,6 +105,7 @@ def test_number_of_parts_takes_a_function_of_progress():
     assert teacher.set_epoch(3)(torch.randn(2, 3, 32, 32)).max() < 2
 
 
+@pytest.mark.filterwarnings("ignore:epoch=.* is outside of the training")
 @settings(max_examples=25)
 @given(epoch=st.floats(-5, 20), first=st.integers(1, 99), last=st.integers(1, 99))
 def test_a_pair_is_a_function_of_progress(epoch, first, last):
@@ -122,6 +127,28 @@ def test_a_teacher_with_a_function_is_resumed():
     saved, resumed = (make_teacher(lambda progress: 20 - 10 * progress) for _ in range(2))
     resumed.load_state_dict(saved.set_epoch(9).state_dict())
     assert resumed.num_parts == saved.num_parts == 10
+
+
+def stages():
+    """A first stage that ends before the training does."""
+    return EvolvingMask(EPOCHS, start=EvolvingMask(5, start=RandomMask(), end=GridMask()), end=Other(EvolvingMask(3)))
+
+
+@pytest.mark.parametrize("make", [lambda: EvolvingMask(EPOCHS), stages, lambda: make_teacher((4, 2))])
+def test_an_epoch_outside_of_the_training_is_warned_of_once(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        each = make()
+        for epoch in (0, 0.5, EPOCHS - 1, EPOCHS - 0.01, EPOCHS):
+            each.set_epoch(epoch)
+    for epoch in (5000, -1, EPOCHS + 0.5, torch.tensor(11.0)):
+        each = make()
+        said = rf"epoch={float(epoch):g} is outside of the training, total_epochs=10.*counted from 0.*steps"
+        with pytest.warns(UserWarning, match=said) as caught:
+            [each.set_epoch(again) for again in (epoch, -2, epoch, 77)]
+        assert [warning.filename for warning in caught] == [__file__]
+        each.set_epoch(5)
+        assert each.epoch == 5
 
 
 class Other(Masking):

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from vits import MAE, make_vit, photographs
 
-from maskevolve import EMPartitioner, EvolvingMask, GraphCutPartitioner, PartTeacher
+from maskevolve import EMPartitioner, EvolvingMask, FrozenTeacher, GraphCutPartitioner, PartTeacher
 from maskevolve.attention import attention_affinity, token_affinity
 from maskevolve.integrations import apply_to_mae
 
@@ -39,6 +40,7 @@ def test_parts_follow_the_grid_of_rectangular_images():
     assert make_teacher(vit)(torch.randn(2, 3, 96, 224)).shape == (2, 84)
 
 
+@pytest.mark.filterwarnings("ignore:epoch=.* is outside of the training")
 def test_number_of_parts_falls_with_the_epoch():
     teacher, images = make_teacher(make_vit(), num_parts=(8, 2)), torch.randn(2, 3, 224, 224)
     for epoch, most in ((-1, 8), (0, 8), (4.5, 5), (9, 2), (100, 2)):
@@ -415,3 +417,38 @@ def test_parts_on_another_grid():
     assert torch.equal(teacher(images, grid_size=14), own.flatten(1))
     assert torch.equal(teacher(images, grid_size=28), own.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1))
     assert teacher(images, grid_size=(7, 5)).shape == (2, 35)
+
+
+@pytest.mark.parametrize("call", ["__call__", "hierarchy"])
+@pytest.mark.parametrize(
+    "kind", [make_teacher, lambda model: FrozenTeacher(model, GraphCutPartitioner(), total_epochs=10)]
+)
+def test_what_is_no_batch_of_images(kind, call):
+    run = getattr(kind(make_vit()), call)
+    for shape in ([3, 224, 224], [224, 224], [2, 3, 1, 224, 224], [2, 196, 768]):
+        with pytest.raises(
+            ValueError, match=rf"images has shape {re.escape(str(shape))}, but must be .*images\[None\]"
+        ):
+            run(torch.zeros(shape))
+    with pytest.raises(TypeError, match="images is a ndarray, but must be a tensor"):
+        run(torch.zeros(2, 3, 224, 224).numpy())
+
+
+class FromBytes(nn.Module):
+    """A model that brings bytes to floats itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.vit = make_vit()
+        self.patch_embed = self.vit.patch_embed
+
+    def forward(self, images):
+        return self.vit(images.float() / 255)
+
+
+def test_images_as_bytes():
+    images = photographs(2, 224).mul(255).clamp(0, 255).byte()
+    with pytest.raises(ValueError, match=r"images has dtype torch\.uint8.*images / 255"):
+        make_teacher(make_vit())(images)
+    model = FromBytes()
+    assert torch.equal(make_teacher(model, layers=None)(images), make_teacher(model, layers=None)(images.float()))

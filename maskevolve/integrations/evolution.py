@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from importlib import import_module
@@ -121,6 +121,9 @@ class Evolution:
 
         Args:
             epoch: counted from 0; fractions are progress within an epoch. Clamped to the training.
+
+        Warns:
+            UserWarning: once, where the epoch is below 0 or above total_epochs.
         """
         self._has_epoch = True
         self._watch.check_masks()
@@ -148,7 +151,7 @@ class Evolution:
             A handle, whose ``.remove()`` ends it.
 
         Raises:
-            TypeError: where it has no step.
+            TypeError: where it is none.
             ValueError: where it is followed already.
 
         Examples:
@@ -226,13 +229,20 @@ class Evolution:
         """Go on from a saved state.
 
         Raises:
+            TypeError: where it is no dictionary.
             ValueError: where the state has a teacher and this has none, or the other way round, or where it is that of
                 a training of another length.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"state={state!r:.100} is no state of an evolution: pass what evolution.state_dict() returned; where "
+                "it was saved, read the file with torch.load first"
+            )
         if not {"masking", "teacher"} <= state.keys():
+            keys, more = ", ".join(map(str, [*state][:5])), f" and {len(state) - 5} more" if len(state) > 5 else ""
             raise ValueError(
-                f"this is no state of an evolution, for it has the keys {', '.join(map(str, state))}: pass what "
-                "evolution.state_dict() returned"
+                f"this is no state of an evolution, for it has the keys {keys}{more}: pass what evolution.state_dict() "
+                "returned"
             )
         if (state["teacher"] is None) == self._has_state:
             ours, theirs = ("a teacher", "none") if self._has_state else ("no teacher", "one")

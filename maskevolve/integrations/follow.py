@@ -22,12 +22,7 @@ def call_after_steps(optimizer: Any, function: Callable[[], None]) -> RemovableH
 
     Returns:
         A handle, whose ``.remove()`` ends it.
-
-    Raises:
-        TypeError: where there is no step to follow.
     """
-    if not callable(getattr(optimizer, "step", None)):
-        raise TypeError(f"optimizer={optimizer!r} has no step() to follow: pass the optimizer itself")
 
     def after(*_: Any) -> None:
         if not _was_skipped(optimizer):
@@ -40,7 +35,17 @@ def call_after_steps(optimizer: Any, function: Callable[[], None]) -> RemovableH
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
-    """The optimizer that steps. Accelerate's and Lightning's wrappers are asked for steps that they do not take."""
+    """The optimizer that steps. Accelerate's and Lightning's wrappers are asked for steps that they do not take.
+
+    Raises:
+        TypeError: where it is no optimizer, such as a class, or a scheduler, which has steps, too.
+    """
+    is_optimizer = callable(getattr(optimizer, "step", None)) and hasattr(optimizer, "param_groups")
+    if isinstance(optimizer, type) or not is_optimizer:
+        raise TypeError(
+            f"optimizer={optimizer!r:.100} is no optimizer, which has step() and param_groups: pass the optimizer "
+            "itself, not its name, its class or a scheduler"
+        )
     while isinstance(optimizer, Optimizer) and not _runs_hooks(optimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
