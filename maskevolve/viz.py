@@ -51,7 +51,9 @@ def part_picture(image: Any, parts: Tensor, grid_size: GridSize | None = None, *
         >>> bool((picture[0, 0] == picture[7, 7]).all())
         True
     """
-    (picture,) = _pictures([image])
+    (picture,), parts = _pictures([image]), torch.as_tensor(parts)
+    if parts.is_floating_point() or parts.is_complex():
+        raise ValueError(f"parts has dtype {parts.dtype}, but part labels are integers: use parts.long()")
     labels = _to_pixels(parts, grid_size, picture)
     if colours:
         values, places = np.unique(labels, return_inverse=True)
@@ -87,7 +89,10 @@ def mask_picture(image: Any, mask: Tensor, grid_size: GridSize | None = None) ->
         >>> mask_picture(torch.zeros(3, 8, 8), torch.tensor([0, 0, 1, 1]))[-1, 0]
         array([0.5, 0.5, 0.5], dtype=float32)
     """
-    (picture,) = _pictures([image])
+    (picture,), mask = _pictures([image]), torch.as_tensor(mask)
+    other = mask[(mask != 0) & (mask != 1)]
+    if other.numel():
+        raise ValueError(f"mask has the value {other[0].item():.4g}, but must be 0 (keep) or 1 (remove) in each patch")
     picture[_to_pixels(mask, grid_size, picture) > 0] = GREY
     return picture
 
@@ -195,9 +200,8 @@ def _palette(count: int) -> Picture:
     return np.array(colours, dtype=np.float32)
 
 
-def _to_pixels(patches: Any, grid_size: GridSize | None, picture: Picture) -> npt.NDArray[np.int64]:
+def _to_pixels(patches: Tensor, grid_size: GridSize | None, picture: Picture) -> npt.NDArray[np.int64]:
     """[N] values of patches to [height, width] values of pixels."""
-    patches = torch.as_tensor(patches)
     if patches.ndim != 1:
         raise ValueError(f"one image has one value a patch, [N], but got {list(patches.shape)}: index the batch first")
     height, width = resolve_grid(len(patches), grid_size, picture.shape[:2])
