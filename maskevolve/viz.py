@@ -59,7 +59,9 @@ def part_picture(image: Any, parts: Tensor, grid_size: GridSize | None = None, *
         >>> bool((picture[0, 0] == picture[7, 7]).all())
         True
     """
-    (picture,) = _pictures([image])
+    (picture,), parts = _pictures([image]), torch.as_tensor(parts)
+    if parts.is_floating_point() or parts.is_complex():
+        raise ValueError(f"parts has dtype {parts.dtype}, but part labels are integers: use parts.long()")
     grid = _to_grid(parts, grid_size, picture)
     if colours:
         picture[:] = (1 - STRENGTH) * picture.mean(2, keepdims=True)
@@ -90,7 +92,10 @@ def mask_picture(image: Any, mask: Tensor, grid_size: GridSize | None = None) ->
         >>> mask_picture(torch.rand(3, 8, 8), torch.tensor([0, 0, 1, 1]))[-1, 0]
         array([0.5, 0.5, 0.5], dtype=float32)
     """
-    (picture,) = _pictures([image])
+    (picture,), mask = _pictures([image]), torch.as_tensor(mask)
+    other = mask[(mask != 0) & (mask != 1)]
+    if other.numel():
+        raise ValueError(f"mask has the value {other[0].item():.4g}, but must be 0 (keep) or 1 (remove) in each patch")
     has_colour = np.ptp(picture, axis=2).max() > SLACK
     picture[_to_pixels(_to_grid(mask, grid_size, picture), picture) > 0] = GREY if has_colour else BLUE
     return picture
@@ -202,9 +207,8 @@ def _channels_last(image: Any) -> Picture:
     return picture / np.float32(255) if image.dtype == np.uint8 else picture
 
 
-def _to_grid(patches: Any, grid_size: GridSize | None, picture: Picture) -> npt.NDArray[np.int64]:
+def _to_grid(patches: Tensor, grid_size: GridSize | None, picture: Picture) -> npt.NDArray[np.int64]:
     """[N] values of patches to [H, W]."""
-    patches = torch.as_tensor(patches)
     if patches.ndim != 1:
         raise ValueError(f"one image has one value a patch, [N], but got {list(patches.shape)}: index the batch first")
     grid = resolve_grid(len(patches), grid_size, picture.shape[:2])

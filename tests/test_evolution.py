@@ -119,6 +119,14 @@ class TestPartsFromAnywhere:
         model(images.clone())
         assert torch.equal(evolution.last_parts, evolution.teacher(images))
 
+    def test_a_map_of_one_image_from_a_function(self):
+        model = MAE()
+        apply_to_mae(model, PartMask(), lambda images: torch.zeros(64, 64, dtype=torch.long))
+        with pytest.raises(
+            ValueError, match=r"returned labels of 64 images for 1, of shape \[64, 64\].*labels\[None\]"
+        ):
+            model(torch.randn(1, 3, 64, 64))
+
     def test_forgotten_given_twice_or_of_another_batch(self):
         model, images = MAE(), torch.randn(3, 3, 64, 64)
         evolution = apply_to_mae(model, PartMask())
@@ -130,8 +138,13 @@ class TestPartsFromAnywhere:
         with pytest.raises(RuntimeError, match=r"given twice.*DistributedDataParallel"):
             evolution.see(parts=random_parts(3))
         evolution.see(parts=random_parts(2))
-        with pytest.raises(ValueError, match="parts of 2 images were given, but 3 images are masked"):
+        with pytest.raises(ValueError, match=r"parts of 2 images were given, of shape \[2, 64\], but 3 images are m"):
             model(images)
+        evolution.see(parts=torch.zeros(40, 48, dtype=torch.long))
+        with pytest.raises(ValueError, match=r"parts of 40 images.*\[40, 48\], but 3 .*labels\[None\]"):
+            model(images)
+        with pytest.raises(ValueError, match=r"parts has shape \[3, 1, 64, 64\].*labels\[:, 0\]"):
+            evolution.see(parts=torch.zeros(3, 1, 64, 64, dtype=torch.long))
         evolution.see(parts=random_parts(3))
         model(images)
 

@@ -114,7 +114,7 @@ def test_arrays_and_pictures_of_pil_are_shown_as_tensors_are(colours):
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, 255.0, torch.nan, torch.inf])
 def test_values_that_leave_the_range_are_cut_off_with_a_warning(value):
-    images, mask = torch.rand(2, 3, 16, 16), torch.zeros(2, 4)
+    images, mask = torch.rand(2, 3, 16, 16), torch.zeros(2, 4, dtype=torch.long)
     images[1, 0, 0, 0] = value
     with pytest.warns(UserWarning, match=r"std \+ mean") as caught:
         picture = mask_picture(images[1], mask[1])
@@ -213,7 +213,23 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"\[2, 4\]"):
         mask_picture(torch.zeros(3, 8, 8), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="N=5"):
-        part_picture(torch.zeros(3, 8, 8), torch.zeros(5))
+        part_picture(torch.zeros(3, 8, 8), torch.zeros(5, dtype=torch.long))
+
+
+def test_labels_are_integers_and_masks_0_or_1():
+    image, parts, mask = torch.rand(3, 28, 28), torch.arange(49) // 7, torch.arange(49) % 2
+    for labels in (parts.float(), parts.numpy() / 2, parts * 1j):
+        with pytest.raises(ValueError, match=r"parts has dtype .*parts\.long\(\)"):
+            part_picture(image, labels)
+        with pytest.raises(ValueError, match=r"parts has dtype"):
+            part_picture(image, labels, colours=True)
+    for other, value in ((mask * 0.5, "0.5"), (mask * 2, "2"), (-mask, "-1"), (mask / 0, "nan")):
+        with pytest.raises(ValueError, match=rf"mask has the value {value}, but must be 0 \(keep\) or 1"):
+            mask_picture(image, other)
+    expected = mask_picture(image, mask)
+    for same in (mask.float(), mask.bool(), mask.numpy(), mask.byte().numpy()):
+        assert np.array_equal(mask_picture(image, same), expected)
+    assert np.array_equal(part_picture(image, parts.int().numpy()), part_picture(image, parts))
 
 
 def test_grey_pictures():

@@ -378,8 +378,9 @@ class Evolution:
             return before[2] if before is not None and is_again else None
         if len(parts) != len(images):
             raise ValueError(
-                f"parts of {len(parts)} images were given, but {len(images)} images are masked: call "
-                "evolution.see(parts=...) with the parts of the batch that the model is then called with"
+                f"parts of {len(parts)} images were given, of shape {list(parts.shape)}, but {len(images)} images are "
+                "masked: call evolution.see(parts=...) with the parts of the batch that the model is then called with. "
+                "A map [h, w] of one image is labels[None]"
             )
         self._masked_before = images, version, parts
         return parts
@@ -399,7 +400,10 @@ class Evolution:
         also = {"grid_size": grid_size} if takes_argument(self.teacher, "grid_size") else {}
         parts = check_labels(self.teacher(images, **also))
         if len(parts) != len(images):
-            raise ValueError(f"the teacher returned labels of {len(parts)} images for {len(images)}")
+            raise ValueError(
+                f"the teacher returned labels of {len(parts)} images for {len(images)}, of shape {list(parts.shape)}: "
+                "return [B, N] or [B, h, w]. A map [h, w] of one image is labels[None]"
+            )
         return parts
 
     @property

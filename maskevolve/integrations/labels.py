@@ -54,7 +54,7 @@ def check_labels(labels: Any) -> Tensor:
     if parts.ndim not in (2, 3):
         raise ValueError(
             f"parts has shape {list(parts.shape)}, but must be [B, N], a label for each patch, or [B, h, w], a map of "
-            "labels for each image"
+            "labels for each image: use labels[:, 0] where there is a channel"
         )
     return parts
 
