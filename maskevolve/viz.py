@@ -242,7 +242,7 @@ def _colours(grid: npt.NDArray[np.int64]) -> Picture:
     The patches are numbered in a fixed order, scattered over the grid. The number of a part is the lowest of its
     patches: it keeps that where others are split, and so does, more often than not, the larger side of a split. A part
     takes the first colour of the series from its number on that differs enough from those of the parts with lower
-    numbers, most of all from those of its neighbours.
+    numbers, most of all from those of its neighbours; where there is none, the one that differs most.
     """
     middle = np.ravel_multi_index((grid.shape[0] // 2, grid.shape[1] // 2), grid.shape)
     numbered = (GOLDEN * (np.arange(grid.size) - middle) % 1).argsort()
@@ -255,8 +255,8 @@ def _colours(grid: npt.NDArray[np.int64]) -> Picture:
     colours = np.zeros((len(labels), 3), dtype=np.float32)
     for part, number in enumerate(numbers[order]):
         series = _series(int(number))
-        missing = wanted[part, :part] - np.linalg.norm(EYE * (series[:, None] - colours[:part]), axis=2)
-        colours[part] = series[missing.clip(min=0).sum(1).argmin()]
+        distances = np.linalg.norm(EYE * (series[:, None] - colours[:part]), axis=2)
+        colours[part] = series[(distances / wanted[part, :part]).min(1, initial=1).argmax()]
     return colours[parts]
 
 

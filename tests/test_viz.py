@@ -201,6 +201,11 @@ def test_neighbours_are_told_apart():
             assert distances.min() > 0.2
 
 
+def test_no_two_of_many_parts_have_one_colour():
+    picture = part_picture(torch.full((3, 14, 14), 0.5), torch.randperm(196), colours=True)
+    assert len(np.unique(picture.reshape(196, 3), axis=0)) == 196
+
+
 def test_the_picture_is_seen_through_the_colours():
     dark, light = torch.zeros(3, 16, 16), torch.ones(3, 16, 16)
     parts = torch.tensor([0, 1, 1, 0])
