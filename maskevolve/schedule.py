@@ -10,7 +10,7 @@ from weakref import WeakSet
 
 from .checks import is_number
 
-__all__ = ["Schedule", "alpha_at", "clamp_epoch", "num_parts_at", "num_parts_by", "warn_outside"]
+__all__ = ["Schedule", "alpha_at", "clamp_epoch", "num_parts_at", "num_parts_by"]
 
 Schedule = Callable[[float], float]
 """A function of training progress, which goes from 0 to 1."""

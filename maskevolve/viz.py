@@ -60,7 +60,7 @@ def part_picture(image: Any, parts: Tensor, grid_size: GridSize | None = None, *
         True
     """
     (picture,), parts = _pictures([image]), torch.as_tensor(parts)
-    if parts.is_floating_point() or parts.is_complex():
+    if parts.is_complex() or (parts.is_floating_point() and bool((parts != parts.round()).any())):
         raise ValueError(f"parts has dtype {parts.dtype}, but part labels are integers: use parts.long()")
     grid = _to_grid(parts, grid_size, picture)
     if colours:

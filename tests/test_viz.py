@@ -223,7 +223,7 @@ def test_bad_input():
 
 def test_labels_are_integers_and_masks_0_or_1():
     image, parts, mask = torch.rand(3, 28, 28), torch.arange(49) // 7, torch.arange(49) % 2
-    for labels in (parts.float(), parts.numpy() / 2, parts * 1j):
+    for labels in (parts.float() / 2, parts.numpy() / 2, parts * 1j, parts / 0):
         with pytest.raises(ValueError, match=r"parts has dtype .*parts\.long\(\)"):
             part_picture(image, labels)
         with pytest.raises(ValueError, match=r"parts has dtype"):
@@ -234,7 +234,8 @@ def test_labels_are_integers_and_masks_0_or_1():
     expected = mask_picture(image, mask)
     for same in (mask.float(), mask.bool(), mask.numpy(), mask.byte().numpy()):
         assert np.array_equal(mask_picture(image, same), expected)
-    assert np.array_equal(part_picture(image, parts.int().numpy()), part_picture(image, parts))
+    for same in (parts.int().numpy(), parts.float()):
+        assert np.array_equal(part_picture(image, same), part_picture(image, parts))
 
 
 def test_grey_pictures():
