@@ -26,6 +26,7 @@ import maskevolve
 from maskevolve import (
     EvolvingMask,
     GraphCutPartitioner,
+    GridMask,
     PartTeacher,
     attention,
     functional,
@@ -199,6 +200,18 @@ def test_what_the_page_of_run_mim_says(run):
     (names,) = run("docs/hosts/mim.md", "last_mask")
     assert (names["evolution"].last_mask.sum(1) == 154).all()
     assert names["loss"] > 0
+
+
+def test_a_random_masking_that_returned_a_dict(run):
+    *_, names = run("docs/hosts/mae.md")
+
+    class Mine(MAE):
+        masked_patches = names["masked_patches"]
+
+    model, x = Mine(), torch.randn(2, 64, 48)
+    evolution = integrations.apply_to_mae(model, GridMask())
+    model.patch_embed(torch.randn(2, 3, 64, 64))
+    assert torch.equal(model.masked_patches(x, 0.75)["mask"], evolution.last_mask)
 
 
 def test_masks_by_hand(run):
