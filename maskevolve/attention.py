@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention, softmax
 from torch.overrides import TorchFunctionMode
 
-from .encoder import all_patches, encode, encoder_of, has_decoder, try_picture, untouched
+from .encoder import all_patches, encode, encoder_of, has_attribute, has_decoder, try_picture, untouched
 from .geometry import PatchWatch, patch_grid
 
 __all__ = ["attention_affinity", "attention_modules", "check_affinity", "reading", "token_affinity"]
@@ -349,9 +349,10 @@ def attention_modules(model: nn.Module, layers: Sequence[int] | None = None) -> 
 
 def _all_attention(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """All modules that attend, by name, those of a decoder too."""
-    inside = set(encoder_of(model).modules())
-    named = [(name, module) for name, module in model.named_modules() if module in inside]
-    found = [(name, module) for name, module in named if _has_heads(module)]
+    found = [(name, module) for name, module in model.named_modules() if _has_heads(module)]
+    if (encoder := encoder_of(model)) is not model:
+        inside = set(encoder.modules())
+        found = [(name, module) for name, module in found if module in inside]
     # Where a block or the whole model has such a name too, the attention is what lies innermost.
     known = {module for _, module in found}
     found = [(name, module) for name, module in found if len(known.intersection(module.modules())) == 1]
@@ -361,8 +362,7 @@ def _all_attention(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _has_heads(module: nn.Module) -> bool:
-    # Not hasattr(module, ...), for nn.Module takes its time to say no.
-    return any(heads in vars(module) or hasattr(type(module), heads) for heads in HEADS)
+    return any(has_attribute(module, heads) for heads in HEADS)
 
 
 def _block_list(model: nn.Module, name: str) -> str | None:

@@ -21,8 +21,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
-    """The parameters and then the buffers of a model."""
-    return [*model.parameters(), *model.buffers()]
+    """The parameters and then the buffers of a model, each once."""
+    modules = list(model.modules())  # walked once, for this is done in each step
+    parameters = (tensor for module in modules for tensor in module._parameters.values())
+    buffers = (tensor for module in modules for tensor in module._buffers.values())
+    return [tensor for tensor in dict.fromkeys((*parameters, *buffers)) if tensor is not None]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -56,7 +59,7 @@ def move_average(average: nn.Module, model: nn.Module, decay: float) -> list[tor
     """
     with _whole_tensors(model) as theirs:
         ours = tensors_of(average)
-        _check_shapes(average, theirs, model)
+        _check_shapes(average, ours, theirs, model)
         kept, new = list[Tensor](), list[Tensor]()
         for old, current in zip(ours, theirs, strict=True):
             if decay > 0 and isinstance(old, nn.Parameter) and old.is_floating_point():
@@ -72,7 +75,7 @@ def move_average(average: nn.Module, model: nn.Module, decay: float) -> list[tor
 @contextmanager
 def _whole_tensors(model: nn.Module) -> Iterator[list[Tensor]]:
     """`tensors_of` a model, whole on each rank, for as long as the context lasts."""
-    fsdp: Any = next((module for module in model.modules() if hasattr(module, "summon_full_params")), None)
+    fsdp: Any = next((module for module in model.modules() if hasattr(type(module), "summon_full_params")), None)
     if fsdp is not None and "_is_fsdp_managed_module" in vars(model):
         raise ValueError(_not_outermost(model))  # gathering here what is inside of another would break that one
     with nullcontext() if fsdp is None else fsdp.summon_full_params(model, writeback=False):
@@ -82,18 +85,17 @@ def _whole_tensors(model: nn.Module) -> Iterator[list[Tensor]]:
         ]
 
 
-def _check_shapes(average: nn.Module, theirs: Sequence[Tensor], model: nn.Module) -> None:
-    shapes = [list(tensor.shape) for tensor in theirs]
-    if shapes == [list(tensor.shape) for tensor in tensors_of(average)]:
+def _check_shapes(average: nn.Module, ours: Sequence[Tensor], theirs: Sequence[Tensor], model: nn.Module) -> None:
+    if [tensor.shape for tensor in ours] == [tensor.shape for tensor in theirs]:
         return
     if _is_fsdp(model):
         raise ValueError(_not_outermost(model))
     names = [name for name, _ in (*average.named_parameters(), *average.named_buffers())]
-    ours = [(name, list(tensor.shape)) for name, tensor in zip(names, tensors_of(average), strict=True)]
-    different = next((name for (name, shape), other in zip(ours, shapes, strict=False) if shape != other), "none")
+    pairs = zip(names, ours, theirs, strict=False)
+    different = next((name for name, our, their in pairs if our.shape != their.shape), "none")
     raise ValueError(
         f"the teacher was built for another architecture than this {type(unwrap(model)).__name__}: it has {len(ours)} "
-        f"parameters and buffers, the model {len(shapes)}, and {different} is the first of another shape. Build it "
+        f"parameters and buffers, the model {len(theirs)}, and {different} is the first of another shape. Build it "
         "from such a model: PartTeacher(model, ...)"
     )
 

@@ -16,12 +16,26 @@ from .functional import MaskedPatches
 from .geometry import PatchWatch, image_size, patch_embedding, patch_grid, tiny_pictures
 from .random_masking import Result, arrange, host_method, learn_results
 
-__all__ = ["all_patches", "check_patches", "encode", "encoder_of", "has_decoder", "try_picture", "untouched"]
+__all__ = [
+    "all_patches",
+    "check_patches",
+    "encode",
+    "encoder_of",
+    "has_attribute",
+    "has_decoder",
+    "try_picture",
+    "untouched",
+]
 
 T = TypeVar("T")
 
 _results: WeakKeyDictionary[nn.Module, tuple[Result, ...]] = WeakKeyDictionary()
 """What the `random_masking` of a model returns."""
+
+
+def has_attribute(module: nn.Module, name: str) -> bool:
+    """`hasattr` for what is no parameter or buffer: nn.Module takes its time to say no."""
+    return name in vars(module) or name in module._modules or hasattr(type(module), name)
 
 
 def encoder_of(model: nn.Module) -> Any:
@@ -72,7 +86,7 @@ def all_patches(model: nn.Module, share: float = 1.0) -> Iterator[list[Tensor]]:
     Yields the patches that the MAE would have masked, once it has come there.
     """
     asked: list[Tensor] = []
-    owner = next((module for module in model.modules() if hasattr(module, "random_masking")), None)
+    owner = next((module for module in model.modules() if has_attribute(module, "random_masking")), None)
     if owner is None:
         yield asked
         return

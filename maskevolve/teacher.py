@@ -212,6 +212,7 @@ class PartTeacher(_Teacher):
         self.decay = decay
         self.model = AveragedModel(model).requires_grad_(False).float()
         self._dtypes = [tensor.dtype for tensor in tensors_of(model)]
+        self._num_parameters = len([*model.parameters()])
         self._caught_up = False
         self.register_load_state_dict_post_hook(_read_progress)
         self.eval()
@@ -252,8 +253,8 @@ class PartTeacher(_Teacher):
 
     def _read(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         model = self.model.module
-        read, dtypes, parameters = _Affinity(model, self.layers), self._dtypes_of_student(), len([*model.parameters()])
-        seen = _in_dtype(images, dtypes[:parameters])
+        read, dtypes = _Affinity(model, self.layers), self._dtypes_of_student()
+        seen = _in_dtype(images, dtypes[: self._num_parameters])
         if dtypes == [tensor.dtype for tensor in tensors_of(model)]:
             return read(seen), self._grid_and_images(model, images)
         named = (*read.named_parameters(), *read.named_buffers())
