@@ -32,7 +32,7 @@ SNAPSHOTS = 4  # points of training in evolution.png and method.png
 SHOWN = (2, 0, 1, 3)  # photographs in the pictures, by their place in the folder
 EVOLVING = 2  # how many of them are in evolution.png and method.png
 SHARP = 192  # pixels of a photograph there, at least: the model sees it at --image-size
-DRAW = 219  # of the masks in the pictures: with the default seed, first whole grids, at the end whole parts
+DRAW = 4900  # of the masks in the pictures: with the default seed, first whole grids, at the end whole parts
 FREE_TO_CHANGE = {"resume", "out", "device", "workers", "data"}  # between a run and its resumption
 
 
