@@ -16,7 +16,7 @@ from .twomeans import exact_dtype, whole_images, wide_dtype
 
 __all__ = ["EMPartitioner", "GraphCutPartitioner", "PartHierarchy"]
 
-FEW_PARTS = 16  # up to so many, the tree is two levels deeper than a balanced one; above, one, which changed no measure
+FEW_PARTS = 16  # up to so many, the tree is two levels deeper than a balanced one, for uneven parts; above, one
 OF_AFFINITY, OF_CONTRAST = 0.3, 16.0  # smoothness where none is given
 SMALL = 8  # parts below this share of an image have weaker contrast edges, lest none of them could be split
 CAUSES = {

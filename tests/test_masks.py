@@ -711,19 +711,17 @@ def calls_of(masking):
     yield lambda: masking.scores(3, 4, parts=parts if masking.needs_parts else None)
 
 
-@every_place
-@pytest.mark.parametrize("scores", BAD_SCORES.values(), ids=BAD_SCORES)
-def test_scores_of_another_shape_are_refused_wherever_a_mask_is(scores, place):
-    for call in calls_of(place(Own(scores))):
-        with pytest.raises(ValueError, match=r"scores has shape .*, but must be \[B, N\] = \[3, 16\]"):
-            call()
+BAD_SHAPE = (ValueError, r"scores has shape .*, but must be \[B, N\] = \[3, 16\]")
+NO_TENSOR = (TypeError, r"scores is a (NoneType|ndarray|list), but must be a tensor")
+REFUSED = {name: (scores, *BAD_SHAPE) for name, scores in BAD_SCORES.items()}
+REFUSED |= {name: (scores, *NO_TENSOR) for name, scores in NO_SCORES.items()}
 
 
 @every_place
-@pytest.mark.parametrize("scores", NO_SCORES.values(), ids=NO_SCORES)
-def test_scores_that_are_no_tensor_are_refused_wherever_a_mask_is(scores, place):
+@pytest.mark.parametrize(("scores", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_malformed_scores_are_refused_wherever_a_mask_is(scores, error, message, place):
     for call in calls_of(place(Own(scores))):
-        with pytest.raises(TypeError, match=r"scores is a (NoneType|ndarray|list), but must be a tensor"):
+        with pytest.raises(error, match=message):
             call()
 
 
