@@ -1,4 +1,4 @@
-"""One run of the study of pretraining: the masks, the sizes, and a training that can be stopped at any moment."""
+"""One run of the study of pretraining: its size, and a training that can be stopped at any moment."""
 
 from __future__ import annotations
 
@@ -8,33 +8,26 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import common
 import numpy as np
 import torch
-from pictures import AREA, ASPECT, HELD_OUT, Data, batches
+from methods import MASK_RATIO, METHODS, BoxTeacher
+from pictures import AREA, ASPECT, HELD_OUT, Data, batches, crop
 from probes import SETTINGS, fine_tune, measure
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, normalize
 
-from maskevolve import BlockMask, EMPartitioner, EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher
-from maskevolve import RandomMask as Random
-from maskevolve.masks import Masking
-from maskevolve.schedule import num_parts_at
+from maskevolve import EvolvingMask, RandomMask
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from mae import MaskedAutoencoder
 
-MASK_RATIO = 0.75
-DECAY = 0.99  # of the teacher, a step: the library's 0.9999 is for runs of 10,000 steps and more
-NUM_PARTS = (40, 10)  # in the first and the last epoch, as released
 POINTS = (0.25, 0.5, 1.0)  # of training, where it is measured; fine-tuned at the last
 INITIAL, TRAINING, DATA, FINE_TUNING = range(4)  # what random numbers are for
 
@@ -84,68 +77,6 @@ SIZES = {
 }
 
 
-class ColourTeacher(nn.Module):
-    """Parts without a model: the default cut, of the cosines of the patches' mean colours, less their mean."""
-
-    def __init__(self, patch: int, epochs: float) -> None:
-        super().__init__()
-        self.patch, self.epochs, self.partitioner = patch, epochs, GraphCutPartitioner()
-
-    def set_epoch(self, epoch: float) -> None:
-        self.num_parts = num_parts_at(epoch, self.epochs, *NUM_PARTS)
-
-    def update(self, model: nn.Module) -> None:
-        """There is nothing to update."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = avg_pool2d(images, self.patch).flatten(2).mT
-        x = normalize(x - x.mean(1, keepdim=True), dim=2)
-        return self.partitioner(x @ x.mT, self.num_parts, images=images)
-
-
-def taught(encoder: nn.Module, epochs: float, partitioner: Any = GraphCutPartitioner, **options: Any) -> PartTeacher:
-    """A moving average of the encoder that trains; the defaults of the library but for the decay."""
-    return PartTeacher(encoder, partitioner(), total_epochs=epochs, decay=DECAY, **{"num_parts": NUM_PARTS, **options})
-
-
-def by_colour(encoder: nn.Module, epochs: float) -> ColourTeacher:
-    return ColourTeacher(encoder.patch_embed.patch_size[0], epochs)
-
-
-def from_patches(encoder: nn.Module, epochs: float) -> PartTeacher:
-    """As many parts as patches at first."""
-    return taught(encoder, epochs, num_parts=(encoder.patch_embed.num_patches, NUM_PARTS[1]))
-
-
-class Method(NamedTuple):
-    """How masks are drawn."""
-
-    masking: Callable[[float], Masking]
-    """From the length of training, in epochs."""
-    teacher: Callable[[nn.Module, float], PartTeacher | ColourTeacher] | None = None
-    """From the encoder and the length of training, for masks that need parts."""
-    longer: float = 1.0
-    """How many times the epochs of the others, to compare at equal time."""
-
-
-BASELINE = "random"
-MASKS = {
-    BASELINE: Method(lambda epochs: Random()),
-    "grid": Method(lambda epochs: GridMask()),
-    "block": Method(lambda epochs: BlockMask()),
-    "part": Method(lambda epochs: PartMask(), taught),
-    "grid to block": Method(lambda epochs: EvolvingMask(epochs, end=BlockMask())),
-    "grid to part": Method(EvolvingMask, taught),  # the library's defaults: tokens, edges from contrast
-    "grid to part, EM": Method(EvolvingMask, partial(taught, partitioner=EMPartitioner, layers=None)),  # as released
-    "grid to part, all layers": Method(EvolvingMask, partial(taught, layers=None)),
-    "grid to part, colours": Method(EvolvingMask, by_colour),
-    "random to part": Method(lambda epochs: EvolvingMask(epochs, start=Random()), taught),
-    "part to random": Method(lambda epochs: EvolvingMask(epochs, start=PartMask(), end=Random()), taught),
-    "patches to part": Method(lambda epochs: PartMask(), from_patches),  # no grid
-    "random, longer": Method(lambda epochs: Random(), longer=1.4),  # about the time of grid to part
-}
-
-
 def file_name(mask: str, seed: int) -> str:
     return f"{mask.replace(',', '').replace(' ', '-').lower()}-{seed}"
 
@@ -158,14 +89,19 @@ class Run:
     initial weights and the same batches.
     """
 
-    def __init__(self, mask: str, seed: int, size: Size, data: Data, device: str) -> None:
-        method = MASKS[mask]
-        self.mask, self.seed, self.size, self.data, self.device = mask, seed, size, data, device
+    def __init__(
+        self, mask: str, seed: int, size: Size, data: Data, device: str, points: Sequence[float] = POINTS
+    ) -> None:
+        method = METHODS[mask]
+        self.mask, self.seed, self.size, self.data, self.device, self.shares = mask, seed, size, data, device, points
+        self.mask_ratio = method.mask_ratio
         self.epochs = num_epochs(mask, size)
         torch.manual_seed(stream(seed, INITIAL))
         shape = (size.image, size.patch, size.width, size.depth, size.heads, size.decoder_depth)
         self.model = MaskedAutoencoder(method.masking(self.epochs), *shape).to(device)
         self.teacher = None if method.teacher is None else method.teacher(self.model.encoder, self.epochs).to(device)
+        if isinstance(self.teacher, BoxTeacher) and data.train.objects is None:
+            raise SystemExit(f"{mask} needs boxes.csv in the folder of the pictures: add it, or leave this mask out")
         groups = param_groups_weight_decay(self.model, size.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, size.lr, betas=(0.9, 0.95))
         self.epoch, self.seconds, self.processor_seconds = 0, 0.0, 0.0
@@ -178,16 +114,16 @@ class Run:
         """All that the figures depend on, beside mask and seed."""
         teacher = self.teacher and {
             "partitioner": str(self.teacher.partitioner),
-            "num_parts": getattr(self.teacher, "part_range", NUM_PARTS),
-            "reads": (self.teacher.layers or "all layers") if isinstance(self.teacher, PartTeacher) else "colours",
-            "decay": DECAY if isinstance(self.teacher, PartTeacher) else None,
+            "num_parts": self.teacher.part_range,
+            "reads": self.teacher.layers or "all layers",
+            "decay": self.teacher.decay,
         }
         found = {
             "masking": " ".join(str(self.model.masking).split()),
             "teacher": teacher,
-            "mask_ratio": MASK_RATIO,
+            "mask_ratio": self.mask_ratio,
             "epochs": self.epochs,
-            "points": POINTS,
+            "points": self.shares,
             "size": asdict(self.size),
             "probes": SETTINGS,
             "crops": {"area": AREA, "aspect": ASPECT},
@@ -200,7 +136,7 @@ class Run:
     @property
     def points(self) -> list[int]:
         """In epochs that are done."""
-        return [max(1, round(point * self.epochs)) for point in POINTS]
+        return [max(1, round(share * self.epochs)) for share in self.shares]
 
     def train_epoch(self) -> None:
         steps, losses = max(1, len(self.data.train.images) // self.size.batch), []
@@ -211,9 +147,10 @@ class Run:
         generator = torch.Generator().manual_seed(stream(self.seed, DATA, self.epoch))
         began, processor = time.perf_counter(), time.process_time()
         pictures = batches(self.data.train.images, self.size.batch, generator, self.device)
-        for step, (_, images) in enumerate(pictures):
+        for step, (index, images, crops) in enumerate(pictures):
             schedule.step_update(self.epoch * steps + step)
-            losses.append(self.step(images, self.epoch + step / steps))
+            seen = self.objects(index, crops) if isinstance(self.teacher, BoxTeacher) else images
+            losses.append(self.step(images, self.epoch + step / steps, seen))
         loss = float(torch.stack(losses).mean())  # waits for the device
         if not math.isfinite(loss):
             raise FloatingPointError(f"{self.mask}, seed {self.seed}: the loss of epoch {self.epoch} is {loss}")
@@ -222,15 +159,22 @@ class Run:
         self.losses.append(loss)
         self.epoch += 1
 
-    def step(self, images: Tensor, epoch: float) -> Tensor:
+    def objects(self, index: Tensor, crops: Tensor) -> Tensor:
+        """Of cropped pictures, what share of a patch lies in the box of the object: [B, 1, H, W]."""
+        grid = self.size.image // self.size.patch
+        objects = self.data.train.objects[index].view(-1, 1, grid, grid)
+        return crop(objects.to(crops.device), crops)
+
+    def step(self, images: Tensor, epoch: float, seen: Tensor) -> Tensor:
+        """One step on images; what the teacher sees are those, or what people drew on them."""
         masking, parts = self.model.masking, None
         if isinstance(masking, EvolvingMask):
             masking.set_epoch(epoch)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
             if self.teacher is not None:
                 self.teacher.set_epoch(epoch)
-                parts = self.teacher(images) if masking.needs_parts else None
-            loss = self.model(images, MASK_RATIO, parts)[0]
+                parts = self.teacher(seen) if masking.needs_parts else None
+            loss = self.model(images, self.mask_ratio, parts)[0]
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -299,7 +243,7 @@ class Run:
 
 
 def num_epochs(mask: str, size: Size) -> int:
-    return round(size.epochs * MASKS[mask].longer)
+    return round(size.epochs * METHODS[mask].longer)
 
 
 def stream(seed: int, *place: int) -> int:
@@ -311,7 +255,7 @@ def read_encoder(checkpoint: Path, size: Size) -> tuple[nn.Module, int]:
     """The encoder of a checkpoint, and how many epochs it was trained for."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     shape = (size.image, size.patch, size.width, size.depth, size.heads, size.decoder_depth)
-    model = MaskedAutoencoder(Random(), *shape)
+    model = MaskedAutoencoder(RandomMask(), *shape)
     model.load_state_dict({name: value for name, value in state["model"].items() if not name.startswith("masking.")})
     return model.encoder, state["epoch"]
 

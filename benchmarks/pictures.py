@@ -51,6 +51,8 @@ class Data(NamedTuple):
     """What the settings of the probes are chosen on."""
     val: Pictures
     """What is reported; nothing is chosen on it."""
+    rest: Pictures
+    """Pictures of train that no probe learns from, held out or not: what settings of masks are compared on."""
     fingerprint: str
     """Of the pictures that are trained and measured on."""
 
@@ -66,16 +68,21 @@ class Data(NamedTuple):
         """
         boxes = read_boxes(folder / "boxes.csv")
         train, val = (read_pictures(folder, name, size, patch, boxes) for name in ("train", "val"))
-        fit, held_out = [], []
+        fit, held_out, rest = [], [], []
         for label in train.classes.unique():
             index = (train.classes == label).nonzero().flatten()
             held = max(1, round(HELD_OUT * len(index)))
             fit.append(index[:-held][:labelled])
             held_out.append(index[-held:])
+            rest.append(index[len(fit[-1]) :])
         fingerprint = hashlib.sha256(train.images.numpy())
         fingerprint.update(val.images.numpy())
-        parts = (train.take(torch.cat(index)) for index in (fit, held_out))
-        return cls(train, *parts, val, fingerprint.hexdigest()[:16])
+        fit, held_out, rest = (train.take(torch.cat(index)) for index in (fit, held_out, rest))
+        return cls(train, fit, held_out, val, rest, fingerprint.hexdigest()[:16])
+
+    def for_choices(self) -> Data:
+        """Measured on the rest of the training pictures: more of them, and those that are reported stay unseen."""
+        return self._replace(val=self.rest, fingerprint=f"{self.fingerprint}, rest of train")
 
 
 def read_pictures(folder: Path, name: str, size: int, patch: int, boxes: Boxes | None) -> Pictures:
@@ -128,23 +135,30 @@ def patches_in(box: tuple[float, float, float, float], grid: int) -> Tensor:
     return (rows[:, None] * columns > 0.5).flatten()
 
 
-def batches(images: Tensor, size: int, generator: torch.Generator, device: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Places and pictures of an epoch in random order, cropped and flipped at random; the last few are left out."""
+def batches(
+    images: Tensor, size: int, generator: torch.Generator, device: str
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Places, pictures and crops of an epoch in random order; the last few pictures are left out."""
     for index in torch.randperm(len(images), generator=generator).split(size)[: max(1, len(images) // size)]:
-        yield index, augment(images[index].to(device), generator)
+        crops = random_crops(len(index), generator).to(device)
+        yield index, normalised(crop(images[index].to(device), crops)), crops
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random crops, scaled to the same size, and flips, each picture its own; bytes to normalised floats."""
-    area, aspect, x, y, flip = torch.rand(5, len(images), generator=generator)
+def random_crops(number: int, generator: torch.Generator) -> Tensor:
+    """Crops and flips, each picture its own: [number, 2, 3], from the places of pixels to those in the picture."""
+    area, aspect, x, y, flip = torch.rand(5, number, generator=generator)
     area, log_aspect = AREA[0] + (AREA[1] - AREA[0]) * area, math.log(ASPECT[1]) * (2 * aspect - 1)
     width, height = ((area * (sign * log_aspect).exp()).sqrt().clamp(max=1) for sign in (1, -1))
     zeros = torch.zeros_like(area)
-    # From the places of the crop's pixels, in [-1, 1], to those in the picture.
     across = torch.stack([torch.where(flip < 0.5, -width, width), zeros, (1 - width) * (2 * x - 1)], 1)
     down = torch.stack([zeros, height, (1 - height) * (2 * y - 1)], 1)
-    grid = affine_grid(torch.stack([across, down], 1).to(images.device), list(images.shape), align_corners=False)
-    return normalised(grid_sample(images.float(), grid, padding_mode="border", align_corners=False))
+    return torch.stack([across, down], 1)
+
+
+def crop(images: Tensor, crops: Tensor) -> Tensor:
+    """Each picture's crop, scaled to the size of the picture."""
+    grid = affine_grid(crops, list(images.shape), align_corners=False)
+    return grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
 
 
 def normalised(images: Tensor) -> Tensor:

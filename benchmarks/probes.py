@@ -159,7 +159,7 @@ def fine_tune(
     schedule = CosineLRScheduler(optimizer, steps, warmup_t=warm_up, t_in_epochs=False)
     generator, step = torch.Generator().manual_seed(seed), 0
     for _ in range(epochs):
-        for index, images in batches(fit.images, SETTINGS["fine_tune_batch"], generator, str(device)):
+        for index, images, _ in batches(fit.images, SETTINGS["fine_tune_batch"], generator, str(device)):
             schedule.step_update(step)
             step += 1
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

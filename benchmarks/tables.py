@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def render(text: str) -> str:
         "parts": parts,
         "known": known,
     }
-    tables["pretraining"] = pretraining
+    tables |= {"pretraining": pretraining, "variants": partial(pretraining, "pretraining_variants")}
 
     def replace(found: re.Match[str]) -> str:
         return f"<!-- {found[1]} -->\n{tables[found[1]]()}\n<!-- end -->"
@@ -104,13 +105,13 @@ def parts() -> str:
     return by_machine("part_quality", cells, timed=False)
 
 
-def pretraining() -> str:
+def pretraining(name: str = "pretraining") -> str:
     """What models have learned under each mask, and differences to the baseline's runs of the same seeds."""
 
     def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
         return {(row["name"], column): cell for row in rows for column, cell in pretraining_cells(row).items()}
 
-    return by_machine("pretraining", cells)
+    return by_machine(name, cells)
 
 
 def pretraining_cells(row: Any) -> dict[str, str]:

@@ -9,10 +9,12 @@ import pretraining
 import processes
 import pytest
 import torch
-from mask_runs import MASKS, SIZES, Method, Run, file_name
-from pictures import Data, augment, normalised, patches_in
+from mask_runs import SIZES, Run, file_name
+from methods import DEFAULT, METHODS, VARIANTS, BoxTeacher, Method
+from pictures import MEAN, STD, Data, crop, normalised, patches_in, random_crops
 from PIL import Image
 from test_pretrain import equal
+from torch.nn.functional import avg_pool2d
 
 from maskevolve import RandomMask
 from maskevolve.functional import MaskedPatches
@@ -130,21 +132,62 @@ def test_what_is_written_says_how_it_came_about(whole):
     assert "PartMask" in settings["masking"]
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", METHODS)
 def test_every_mask_trains(mask, data):
     run = Run(mask, 0, replace(CI, epochs=2), data, "cpu")
     while run.epoch < run.epochs:
         run.train_epoch()
     assert np.isfinite(run.losses).all()
     assert run.epochs == (3 if mask == "random, longer" else 2)
-    assert run.settings["teacher"] is None or run.settings["teacher"]["num_parts"][1] == 10
+
+
+def test_a_variant_changes_one_setting(data):
+    def settings(mask):
+        found = Run(mask, 0, CI, data, "cpu").settings
+        return found.pop("teacher") or {}, found
+
+    teacher, others = settings(DEFAULT)
+    for mask in VARIANTS:
+        its_teacher, its_others = settings(mask)
+        changed = [name for name in others if its_others[name] != others[name]]
+        if not mask.startswith("random") and mask != "people's boxes":
+            changed += [name for name in teacher if its_teacher[name] != teacher[name]]
+            assert len(changed) == 1, (mask, changed)
+        elif mask == "random to part, alpha to 0.5":
+            assert changed == ["masking"]
+            assert its_teacher == teacher
+
+
+def test_the_mask_ratio_of_a_variant_is_what_it_trains_with(monkeypatch, data):
+    run = Run("mask ratio 0.5", 0, CI, data, "cpu")
+    forward, seen = run.model.forward, []
+    monkeypatch.setattr(run.model, "forward", lambda *args: seen.append(forward(*args)) or seen[-1])
+    run.train_epoch()
+    assert all((mask.sum(1) == mask.shape[1] / 2).all() for _, _, mask in seen)
+
+
+def test_parts_from_boxes_follow_the_crops(monkeypatch, data):
+    """In these pictures the box holds a square of one colour at 250 or more of 255, and the ground is below 120."""
+    run, least = Run("people's boxes", 0, CI, data, "cpu"), (200 / 255 - np.array(MEAN)) / STD
+    parts, teacher = [], run.teacher
+    monkeypatch.setattr(teacher, "forward", lambda seen: parts.append(BoxTeacher.forward(teacher, seen)) or parts[-1])
+    step, images = run.step, []
+    monkeypatch.setattr(run, "step", lambda x, *rest: images.append(x) or step(x, *rest))
+    run.train_epoch()
+    bright = torch.cat(images) > torch.tensor(least, dtype=torch.float32)[:, None, None]
+    share = avg_pool2d(bright.any(1, keepdim=True).float(), CI.patch).flatten(1)
+    agree = (torch.cat(parts) == 1) == (share > 0.5)
+    assert agree.float().mean() > 0.9
+    no_boxes = data._replace(train=data.train._replace(objects=None))
+    with pytest.raises(SystemExit, match=r"people's boxes needs boxes\.csv"):
+        Run("people's boxes", 0, CI, no_boxes, "cpu")
 
 
 def test_masks_of_a_seed_share_weights_and_batches(monkeypatch, data):
     def begin(mask, seed):
         run, seen = Run(mask, seed, replace(CI, epochs=1), data, "cpu"), []
         start = run.model.state_dict()["encoder.cls_token"].clone(), run.model.decoder_pred.weight.clone()
-        monkeypatch.setattr(run, "step", lambda images, epoch: seen.append(images) or images.mean())
+        monkeypatch.setattr(run, "step", lambda images, *_: seen.append(images) or images.mean())
         run.train_epoch()
         return [*start, *seen]
 
@@ -155,7 +198,7 @@ def test_masks_of_a_seed_share_weights_and_batches(monkeypatch, data):
 
 def test_epochs_draw_other_masks_and_batches(monkeypatch, data):
     run, seen = Run("random", 0, CI, data, "cpu"), []
-    monkeypatch.setattr(run, "step", lambda images, epoch: seen.append((images, torch.rand(1))) or images.mean())
+    monkeypatch.setattr(run, "step", lambda images, *_: seen.append((images, torch.rand(1))) or images.mean())
     run.train_epoch()
     run.train_epoch()
     first, second = seen[0], seen[len(seen) // 2]
@@ -172,7 +215,7 @@ class Leak(RandomMask):
 
 
 def test_a_mask_that_leaks_is_found_out_by_the_loss_on_fixed_masks(monkeypatch, data):
-    monkeypatch.setitem(MASKS, "leak", Method(lambda epochs: Leak()))
+    monkeypatch.setitem(METHODS, "leak", Method(lambda epochs: Leak()))
 
     def last(mask):
         run = Run(mask, 0, replace(CI, epochs=20), data, "cpu")
@@ -216,6 +259,17 @@ def test_probes_never_learn_from_what_is_held_out_or_reported(data):
     assert len(set.union(*pictures)) == sum(map(len, pictures)) == CLASSES * (TRAIN + VAL)
 
 
+def test_choices_are_made_on_pictures_that_no_probe_learns_from(folder):
+    data = Data.read(folder, CI.image, CI.patch, 7)
+    val = data.for_choices().val
+    assert len(val.images) == CLASSES * (TRAIN - 7)
+    seen = {image.numpy().tobytes() for image in (*data.fit.images, *data.val.images)}
+    assert not seen & {image.numpy().tobytes() for image in val.images}
+    assert {image.numpy().tobytes() for image in data.held_out.images} <= {
+        image.numpy().tobytes() for image in val.images
+    }
+
+
 def test_without_boxes_there_is_no_segmentation(tmp_path, folder, capsys):
     for split in ("train", "val"):
         (tmp_path / split).symlink_to(folder / split)
@@ -254,7 +308,7 @@ def test_boxes_follow_pictures_that_are_no_squares(tmp_path):
 
 def test_crops_lie_in_the_picture_and_differ(data):
     ramp = torch.arange(32, dtype=torch.uint8).expand(200, 3, 32, 32)
-    images = augment(ramp, torch.Generator().manual_seed(0))
+    images = normalised(crop(ramp, random_crops(200, torch.Generator().manual_seed(0))))
     least, most = normalised(ramp).flatten(2).min(2).values, normalised(ramp).flatten(2).max(2).values
     assert bool((images.flatten(2).min(2).values >= least - 1e-5).all())
     assert bool((images.flatten(2).max(2).values <= most + 1e-5).all())
@@ -282,6 +336,22 @@ def test_workers_share_the_runs_and_a_second_command_makes_none_again(tmp_path, 
     assert times == [(tmp_path / "out" / name).stat().st_mtime_ns for name in names]
 
 
+def test_variants_are_a_study_of_their_own(tmp_path, folder, monkeypatch):
+    forkserver = processes.context()
+    monkeypatch.setattr(pretraining.multiprocessing, "get_context", lambda method: forkserver)
+    options = ["--data", folder, "--size", "ci", "--device", "cpu", "--runs", tmp_path, "--variants"]
+    pretraining.main([*map(str, options), "--masks", DEFAULT, "mask ratio 0.5", "--seeds", "0"])
+    result = json.loads((tmp_path / "ci_variants/results.json").read_text())
+    assert result["baseline"] == DEFAULT
+    assert result["settings"]["pictures"]["val"] == CLASSES * max(1, round(0.1 * TRAIN))
+    rows = {row["name"]: row for row in result["rows"]}
+    assert rows[DEFAULT]["linear_difference"] is None
+    assert rows["mask ratio 0.5"]["pairs"] == 1
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "ci_variants/results").iterdir()]
+    assert {run["settings"]["mask_ratio"] for run in runs} == {0.5, 0.75}
+    assert all([row["epoch"] for row in run["curve"]] == [CI.epochs] for run in runs)
+
+
 def test_a_run_that_another_process_makes_is_left_to_it(tmp_path, data):
     with pretraining.locked(tmp_path / "runs/random-0") as ours:
         assert ours
@@ -291,7 +361,7 @@ def test_a_run_that_another_process_makes_is_left_to_it(tmp_path, data):
 
 def test_files_of_other_settings_are_refused(tmp_path, data, monkeypatch):
     work(tmp_path, data, [("random", 0)])
-    monkeypatch.setattr(mask_runs, "MASK_RATIO", 0.5)
+    monkeypatch.setitem(METHODS, "random", METHODS["random"]._replace(mask_ratio=0.5))
     with pytest.raises(SystemExit, match=r"random-0\.json was made with mask_ratio 0\.75, not 0\.5: move it away"):
         work(tmp_path, data, [("random", 0)])
     (tmp_path / "out/random-0.json").unlink()
@@ -310,7 +380,7 @@ def test_a_loss_that_is_no_number_stops_its_run_and_no_other(tmp_path, data, mon
 
 def finished(mask, seed, value, seconds=1.0, **settings):
     row = {"epoch": 4, "fine_tuned": value, "linear": value, "knn": value, "segmentation": None, "fixed_loss": value}
-    same = dict.fromkeys(("size", "mask_ratio", "points", "probes", "pictures", "fingerprint"), 0) | {"epochs": 4}
+    same = dict.fromkeys(("size", "probes", "pictures", "fingerprint"), 0) | {"epochs": 4, "points": [0.5, 1.0]}
     times = {"seconds": 2 * seconds, "processor_seconds": seconds}
     where = {"machine": "this one", "device": "cpu"}
     return {"mask": mask, "seed": seed, **where, **times, "settings": same | settings, "curve": [row]}
@@ -343,8 +413,8 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
 
 
 def test_runs_of_different_settings_are_not_averaged(tmp_path):
-    write_all(tmp_path / "study", [finished("random", 0, 0.1), finished("random", 1, 0.1, mask_ratio=0.5)])
-    with pytest.raises(SystemExit, match="more than one mask_ratio"):
+    write_all(tmp_path / "study", [finished("random", 0, 0.1), finished("random", 1, 0.1, probes=1)])
+    with pytest.raises(SystemExit, match="more than one probes"):
         pretraining.report(tmp_path / "study")
     with pytest.raises(SystemExit, match="holds no finished run"):
         pretraining.report(tmp_path)
