@@ -136,7 +136,7 @@ class Run:
     @property
     def points(self) -> list[int]:
         """In epochs that are done."""
-        return [max(1, round(share * self.epochs)) for share in self.shares]
+        return [max(min(1, self.epochs), round(share * self.epochs)) for share in self.shares]
 
     def train_epoch(self) -> None:
         steps, losses = max(1, len(self.data.train.images) // self.size.batch), []
@@ -184,7 +184,7 @@ class Run:
 
     def measure(self) -> None:
         row = {"epoch": self.epoch, "seconds": self.seconds, "processor_seconds": self.processor_seconds}
-        row["training_loss"] = self.losses[-1]
+        row["training_loss"] = self.losses[-1] if self.losses else None
         fit, val = self.data.fit, self.data.val
         row |= measure(self.model, fit, val, MASK_RATIO)
         if self.epoch == self.epochs:

@@ -116,6 +116,7 @@ MASKS = {
     "part to random": Method(lambda epochs: EvolvingMask(epochs, start=PartMask(), end=Random()), taught),
     "patches to part": Method(lambda epochs: PartMask(), from_patches),  # no grid
     "random, longer": Method(random, longer=1.4),  # about the time of grid to part
+    "not pretrained": Method(random, longer=0),  # what the measures owe to the start of the weights
 }
 VARIANTS = {  # one setting of grid to part at a time; random masks beside those that change more than parts
     "power 1": Method(partial(EvolvingMask, power=1), taught),

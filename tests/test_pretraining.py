@@ -120,6 +120,17 @@ def whole(tmp_path_factory, data):
     return work(tmp_path_factory.mktemp("whole"), data)[0]
 
 
+def test_a_model_that_is_not_pretrained_is_measured_once(data, tmp_path):
+    (result,) = work(tmp_path, data, [("not pretrained", 0)])
+    (row,) = result["curve"]
+    assert (row["epoch"], row["training_loss"], result["losses"]) == (0, None, [])
+    start = Run("random", 0, CI, data, "cpu")
+    start.losses = [1.0]
+    start.measure()
+    assert row["linear"] == start.curve[0]["linear"], "the weights that all masks start from"
+    assert 0 < row["fine_tuned"] <= 1
+
+
 def test_what_is_written_says_how_it_came_about(whole):
     assert [row["epoch"] for row in whole["curve"]] == [1, 2, 4]
     assert all({"linear", "knn", "segmentation", "fixed_loss", "training_loss"} <= row.keys() for row in whole["curve"])
@@ -138,7 +149,7 @@ def test_every_mask_trains(mask, data):
     while run.epoch < run.epochs:
         run.train_epoch()
     assert np.isfinite(run.losses).all()
-    assert run.epochs == (3 if mask == "random, longer" else 2)
+    assert run.epochs == {"random, longer": 3, "not pretrained": 0}.get(mask, 2)
 
 
 def test_a_variant_changes_one_setting(data):
