@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from methods import MASK_RATIO, METHODS, BoxTeacher
 from pictures import AREA, ASPECT, HELD_OUT, Data, batches, crop
-from probes import SETTINGS, fine_tune, measure
+from probes import SETTINGS, classification, fine_tune, measure
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
@@ -185,17 +185,28 @@ class Run:
     def measure(self) -> None:
         row = {"epoch": self.epoch, "seconds": self.seconds, "processor_seconds": self.processor_seconds}
         row["training_loss"] = self.losses[-1] if self.losses else None
-        fit, val = self.data.fit, self.data.val
-        row |= measure(self.model, fit, val, MASK_RATIO)
+        row |= measure(self.model, self.data.fit, self.data.val, MASK_RATIO)
         if self.epoch == self.epochs:
-            seed = stream(self.seed, FINE_TUNING)
-            row["fine_tuned"] = fine_tune(self.model.encoder, fit, val, self.size.fine_tune_epochs, seed)
-        self.curve.append(row)
+            row |= self.measure_end()
+        self.curve = [other for other in self.curve if other["epoch"] != self.epoch] + [row]
+
+    def measure_end(self) -> dict[str, float]:
+        """Fine-tuned accuracy, and all accuracies on more pictures."""
+        encoder, fit, rest = self.model.encoder, self.data.fit, self.data.rest
+        tests = [self.data.val] if rest is None else [self.data.val, rest]
+        scores = fine_tune(encoder, fit, tests, self.size.fine_tune_epochs, stream(self.seed, FINE_TUNING))
+        found = {"fine_tuned": scores[0]}
+        if rest is not None:
+            found |= {f"more_{name}": score for name, score in classification(encoder, fit, rest).items()}
+            found |= {"more_fine_tuned": scores[1], "more_pictures": len(rest.images)}
+        return found
 
     @property
     def due(self) -> bool:
-        """Whether a point of training was reached and has not been measured."""
-        return self.epoch in self.points and all(row["epoch"] != self.epoch for row in self.curve)
+        """Whether a point of training was reached and has not been measured, or only in part by an earlier code."""
+        more = self.epoch == self.epochs and self.data.rest is not None
+        measured = any(row["epoch"] == self.epoch and ("more_linear" in row or not more) for row in self.curve)
+        return self.epoch in self.points and not measured
 
     def go_on(self, checkpoint: Path, after_epoch: Callable[[Run], None] = lambda run: None) -> dict[str, Any]:
         """From the checkpoint, or from the start where there is none, to the end; what is written of it."""

@@ -51,8 +51,8 @@ class Data(NamedTuple):
     """What the settings of the probes are chosen on."""
     val: Pictures
     """What is reported; nothing is chosen on it."""
-    rest: Pictures
-    """Pictures of train that no probe learns from, held out or not: what settings of masks are compared on."""
+    rest: Pictures | None
+    """Pictures of train that no probe learns from, held out or not: many more than val."""
     fingerprint: str
     """Of the pictures that are trained and measured on."""
 
@@ -82,7 +82,7 @@ class Data(NamedTuple):
 
     def for_choices(self) -> Data:
         """Measured on the rest of the training pictures: more of them, and those that are reported stay unseen."""
-        return self._replace(val=self.rest, fingerprint=f"{self.fingerprint}, rest of train")
+        return self._replace(val=self.rest, rest=None, fingerprint=f"{self.fingerprint}, rest of train")
 
 
 def read_pictures(folder: Path, name: str, size: int, patch: int, boxes: Boxes | None) -> Pictures:

@@ -32,7 +32,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from methods import BASELINE, DEFAULT, MASKS, METHODS, VARIANTS
 from pictures import Data
-from probes import MEASURES
+from probes import MEASURES, MORE
 from scipy.stats import t as student
 from tables import pretraining_cells
 from torch import multiprocessing
@@ -185,9 +185,10 @@ def summary(mask: str, runs: dict[int, Any], others: dict[int, Any]) -> common.R
     row["epochs"] = next(iter(runs.values()))["settings"]["epochs"]
     row["seconds"] = float(np.mean([run["seconds"] for run in runs.values()]))
     row["time"] = float(np.mean(times)) if times else None
-    for name in MEASURES:
-        values = [run["curve"][-1][name] for run in runs.values()]
-        apart = [run["curve"][-1][name] - other["curve"][-1][name] for run, other in pairs if None not in values]
+    for name in (*MEASURES, *MORE):
+        values = [run["curve"][-1].get(name) for run in runs.values()]
+        ends = [(run["curve"][-1].get(name), other["curve"][-1].get(name)) for run, other in pairs]
+        apart = [value - other for value, other in ends if None not in (value, other)]
         row[name] = None if None in values else float(np.mean(values))
         row[f"{name}_difference"] = None if runs is others else interval(apart)
     return row

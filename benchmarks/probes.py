@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ MEASURES = {  # in the order of the table
     "segmentation": "segmentation",
     "fixed_loss": "loss on fixed masks",
 }
+MORE = ("more_fine_tuned", "more_linear", "more_knn")  # on many more pictures, at the end of training
 SETTINGS: dict[str, Any] = {
     "linear_c": 1.0,  # inverse of the weight of the squared weights, features scaled to deviation 1
     "neighbours": 100,
@@ -72,12 +74,18 @@ def measure(model: nn.Module, fit: Pictures, test: Pictures, mask_ratio: float) 
         linear, knn: accuracy. segmentation: mean IoU of the patches in the box of the object and of those outside it,
         None without boxes. fixed_loss: squared error on the patches that a fixed set of random masks removes.
     """
-    pairs = [(pooled(model.encoder, pictures.images), pictures.classes) for pictures in (fit, test)]
+    return classification(model.encoder, fit, test) | {
+        "segmentation": segmentation(model.encoder, fit, test, SETTINGS["segmentation_c"]),
+        "fixed_loss": fixed_loss(model, test.spread(SETTINGS["fixed"]).images, mask_ratio),
+    }
+
+
+def classification(encoder: nn.Module, fit: Pictures, test: Pictures) -> dict[str, float | None]:
+    """Accuracy without training the encoder further."""
+    pairs = [(pooled(encoder, pictures.images), pictures.classes) for pictures in (fit, test)]
     return {
         "linear": score(linear_probe(SETTINGS["linear_c"]), *pairs),
         "knn": score(nearest(SETTINGS["neighbours"], fit), *pairs),
-        "segmentation": segmentation(model.encoder, fit, test, SETTINGS["segmentation_c"]),
-        "fixed_loss": fixed_loss(model, test.spread(SETTINGS["fixed"]).images, mask_ratio),
     }
 
 
@@ -135,14 +143,14 @@ def fixed_loss(model: nn.Module, images: Tensor, mask_ratio: float) -> float:
 
 
 def fine_tune(
-    encoder: nn.Module, fit: Pictures, test: Pictures, epochs: int, seed: int, lr: float | None = None
-) -> float:
-    """Accuracy of a copy of the encoder, trained with a linear layer on the mean of its patches.
+    encoder: nn.Module, fit: Pictures, tests: Sequence[Pictures], epochs: int, seed: int, lr: float | None = None
+) -> list[float]:
+    """Accuracy, on each of tests, of a copy of the encoder, trained with a linear layer on the mean of its patches.
 
     Args:
         encoder: stays as it is.
         fit: pictures to learn from, cropped and flipped at random.
-        test: pictures to score.
+        tests: pictures to score.
         epochs: passes over `fit`.
         seed: of the new layer, of the order and of the crops.
         lr: learning rate; that of SETTINGS where None.
@@ -169,8 +177,13 @@ def fine_tune(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    with torch.no_grad():
-        logits = model["head"](pooled(model["encoder"], test.images).to(device))
+    return [accuracy(model, test) for test in tests]
+
+
+@torch.no_grad()
+def accuracy(model: nn.ModuleDict, test: Pictures) -> float:
+    head = model["head"]
+    logits = head(pooled(model["encoder"], test.images).to(head.weight.device))
     return float((logits.argmax(1).cpu() == test.classes).float().mean())
 
 
@@ -181,7 +194,7 @@ def choose(encoder: nn.Module, fit: Pictures, held_out: Pictures, epochs: int) -
         "linear_c": lambda c: score(linear_probe(c), *pairs),
         "neighbours": lambda k: score(nearest(k, fit), *pairs),
         "segmentation_c": lambda c: segmentation(encoder, fit, held_out, c),
-        "fine_tune_lr": lambda lr: fine_tune(encoder, fit, held_out, epochs, 0, lr),
+        "fine_tune_lr": lambda lr: fine_tune(encoder, fit, [held_out], epochs, 0, lr)[0],
     }
     found = []
     for name, values in CANDIDATES.items():

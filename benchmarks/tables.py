@@ -29,7 +29,9 @@ def render(text: str) -> str:
         "parts": parts,
         "known": known,
     }
-    tables |= {"pretraining": pretraining, "variants": partial(pretraining, "pretraining_variants")}
+    tables["pretraining"] = pretraining
+    tables["more_pictures"] = partial(pretraining, prefix="more_")
+    tables["variants"] = partial(pretraining, "pretraining_variants")
 
     def replace(found: re.Match[str]) -> str:
         return f"<!-- {found[1]} -->\n{tables[found[1]]()}\n<!-- end -->"
@@ -105,23 +107,26 @@ def parts() -> str:
     return by_machine("part_quality", cells, timed=False)
 
 
-def pretraining(name: str = "pretraining") -> str:
+def pretraining(name: str = "pretraining", prefix: str = "") -> str:
     """What models have learned under each mask, and differences to the baseline's runs of the same seeds."""
 
     def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
-        return {(row["name"], column): cell for row in rows for column, cell in pretraining_cells(row).items()}
+        return {(row["name"], column): cell for row in rows for column, cell in pretraining_cells(row, prefix).items()}
 
     return by_machine(name, cells)
 
 
-def pretraining_cells(row: Any) -> dict[str, str]:
+def pretraining_cells(row: Any, prefix: str = "") -> dict[str, str]:
     """The cells of one mask, by column: each measure, and its difference with a 95 % interval in brackets."""
     found = {"seeds": str(row["seeds"]), "time": "" if row["time"] is None else f"{row['time']:.2f}"}
-    for name in (key.removesuffix("_difference") for key in row if key.endswith("_difference")):
+    names = [key.removesuffix("_difference") for key in row if key.endswith("_difference")]
+    for name in (name for name in names if name.startswith("more_") == bool(prefix)):
         cell = "" if row[name] is None else f"{row[name]:.3f}"
         mean, low, high = row[f"{name}_difference"] or (None, None, None)
         cell += "" if mean is None else f"; {mean:+.3f}"
-        found[name.replace("_", " ")] = cell + ("" if low is None else f" ({low:+.3f} to {high:+.3f})")
+        found[name.removeprefix(prefix).replace("_", " ")] = cell + (
+            "" if low is None else f" ({low:+.3f} to {high:+.3f})"
+        )
     return found
 
 

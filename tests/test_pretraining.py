@@ -13,6 +13,8 @@ from mask_runs import SIZES, Run, file_name
 from methods import DEFAULT, METHODS, VARIANTS, BoxTeacher, Method
 from pictures import MEAN, STD, Data, crop, normalised, patches_in, random_crops
 from PIL import Image
+from probes import MORE
+from tables import pretraining_cells
 from test_pretrain import equal
 from torch.nn.functional import avg_pool2d
 
@@ -131,10 +133,23 @@ def test_a_model_that_is_not_pretrained_is_measured_once(data, tmp_path):
     assert 0 < row["fine_tuned"] <= 1
 
 
+def test_what_an_earlier_code_did_not_measure_is_measured(whole, data, tmp_path):
+    work(tmp_path, data)
+    path = tmp_path / "runs/grid-to-part-3/state.pt"
+    state = torch.load(path)
+    for name in (*MORE, "more_pictures"):
+        del state["curve"][-1][name]
+    torch.save(state, path)
+    (tmp_path / "out/grid-to-part-3.json").unlink()
+    assert figures(work(tmp_path, data)[0]) == figures(whole)
+
+
 def test_what_is_written_says_how_it_came_about(whole):
     assert [row["epoch"] for row in whole["curve"]] == [1, 2, 4]
     assert all({"linear", "knn", "segmentation", "fixed_loss", "training_loss"} <= row.keys() for row in whole["curve"])
-    assert 0 <= whole["curve"][-1]["fine_tuned"] <= 1
+    last = whole["curve"][-1]
+    assert all(0 <= last[name] <= 1 for name in ("fine_tuned", *MORE))
+    assert last["more_pictures"] == CLASSES * max(1, round(0.1 * TRAIN))
     assert whole["seconds"] > 0
     assert {"versions", "commits", "seed", "machine"} <= whole.keys()
     settings = whole["settings"]
@@ -246,8 +261,9 @@ def test_measures_change_nothing_and_repeat(data):
     masking = run.model.masking
     run.epoch, run.losses = run.epochs, [1.0]
     run.measure()
+    (first,) = run.curve
     run.measure()
-    assert run.curve[0] == run.curve[1]
+    assert run.curve == [first]
     assert equal(before, (dict(run.model.state_dict()), torch.get_rng_state()))
     assert run.model.masking is masking
     assert run.model.training
@@ -421,6 +437,18 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "+0.020 (-0.005 to +0.045)" in printed
     assert "0.400; -0.100  " in printed
+
+
+def test_the_table_of_more_pictures_holds_them_and_no_other(tmp_path):
+    runs = [finished("random", 0, 0.1), finished("block", 0, 0.2)]
+    for run, value in zip(runs, (0.5, 0.75), strict=True):
+        run["curve"][-1] |= dict.fromkeys(MORE, value)
+    write_all(tmp_path / "study", [*runs, finished("grid", 0, 0.1)])
+    pretraining.report(tmp_path / "study")
+    rows = {row["name"]: row for row in json.loads((tmp_path / "study.json").read_text())["rows"]}
+    assert pretraining_cells(rows["block"], "more_")["linear"] == "0.750; +0.250"
+    assert pretraining_cells(rows["block"])["linear"] == "0.200; +0.100"
+    assert pretraining_cells(rows["grid"], "more_")["linear"] == "", "not measured"
 
 
 def test_runs_of_different_settings_are_not_averaged(tmp_path):
