@@ -211,23 +211,36 @@ def duration(run: Any) -> float:
 
 
 def draw(by_mask: dict[str, dict[int, Any]]) -> Figure:
-    """Each measure against training, a line for each mask: mean over seeds, and the seeds as dots at the end."""
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    """Fine-tuned accuracy of each mask, and the other measures against training: means, and seeds as dots."""
+    figure = Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplots(2, 3).flatten()
-    for ax, (name, title) in zip(axes, MEASURES.items(), strict=False):
+    draw_ends(axes[0], by_mask, "fine_tuned", "fine-tuned")
+    draw_ends(axes[1], by_mask, MORE[0], "fine-tuned, many more pictures")
+    for ax, (name, title) in zip(axes[2:], list(MEASURES.items())[1:], strict=True):
         for index, (mask, runs) in enumerate(by_mask.items()):
-            draw_mask(ax, mask, list(runs.values()), name, index)
+            draw_curve(ax, mask, list(runs.values()), name, index)
         ax.set(title=title, xlabel="epoch", xlim=(0, None))
-    axes[-1].axis("off")
-    axes[-1].legend(*axes[1].get_legend_handles_labels(), loc="center", fontsize=9)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     return figure
 
 
-def draw_mask(ax: Any, mask: str, runs: list[Any], name: str, index: int) -> None:
+def draw_ends(ax: Any, by_mask: dict[str, dict[int, Any]], name: str, title: str) -> None:
+    """A row for each mask."""
+    for place, (mask, runs) in enumerate(by_mask.items()):
+        values = [run["curve"][-1][name] for run in runs.values() if name in run["curve"][-1]]
+        if values:
+            ax.plot(values, [place] * len(values), ".", color=COLOURS[mask], markersize=4)
+            ax.plot(np.mean(values), place, "os^"[place % 3], color=COLOURS[mask])
+    ax.set_yticks(range(len(by_mask)), by_mask, fontsize=8)
+    ax.set(title=title, xlabel="accuracy")
+    ax.invert_yaxis()
+
+
+def draw_curve(ax: Any, mask: str, runs: list[Any], name: str, index: int) -> None:
     rows = [[row for row in run["curve"] if row.get(name) is not None] for run in runs]
     if not rows[0]:
         return
-    style = {"color": COLOURS[mask], "linewidth": 2.5 if mask in (BASELINE, "grid to part") else 1}
+    style = {"color": COLOURS[mask], "linewidth": 2.5 if mask in (BASELINE, DEFAULT) else 1}
     epochs = [row["epoch"] for row in rows[0]]
     mean = np.mean([[row[name] for row in run] for run in rows], 0)
     ax.plot(epochs, mean, marker="os^"[index % 3], label=mask, **style)
