@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from methods import MASK_RATIO, METHODS, BoxTeacher
+from methods import CHOICES, MASK_RATIO, METHODS, BoxTeacher
 from pictures import AREA, ASPECT, HELD_OUT, Data, batches, crop
 from probes import SETTINGS, classification, fine_tune, measure
 from timm.optim import param_groups_weight_decay
@@ -89,12 +89,11 @@ class Run:
     initial weights and the same batches.
     """
 
-    def __init__(
-        self, mask: str, seed: int, size: Size, data: Data, device: str, points: Sequence[float] = POINTS
-    ) -> None:
+    def __init__(self, mask: str, seed: int, size: Size, data: Data, device: str) -> None:
         method = METHODS[mask]
-        self.mask, self.seed, self.size, self.data, self.device, self.shares = mask, seed, size, data, device, points
-        self.mask_ratio = method.mask_ratio
+        self.mask, self.seed, self.size, self.data, self.device = mask, seed, size, data, device
+        self.mask_ratio, self.is_choice = method.mask_ratio, mask in CHOICES
+        self.shares = POINTS[-1:] if self.is_choice else POINTS
         self.epochs = num_epochs(mask, size)
         torch.manual_seed(stream(seed, INITIAL))
         shape = (size.image, size.patch, size.width, size.depth, size.heads, size.decoder_depth)
@@ -185,7 +184,8 @@ class Run:
     def measure(self) -> None:
         row = {"epoch": self.epoch, "seconds": self.seconds, "processor_seconds": self.processor_seconds}
         row["training_loss"] = self.losses[-1] if self.losses else None
-        row |= measure(self.model, self.data.fit, self.data.val, MASK_RATIO)
+        if not self.is_choice:  # nothing is chosen on val
+            row |= measure(self.model, self.data.fit, self.data.val, MASK_RATIO)
         if self.epoch == self.epochs:
             row |= self.measure_end()
         self.curve = [other for other in self.curve if other["epoch"] != self.epoch] + [row]
@@ -193,19 +193,17 @@ class Run:
     def measure_end(self) -> dict[str, float]:
         """Fine-tuned accuracy, and all accuracies on more pictures."""
         encoder, fit, rest = self.model.encoder, self.data.fit, self.data.rest
-        tests = [self.data.val] if rest is None else [self.data.val, rest]
-        scores = fine_tune(encoder, fit, tests, self.size.fine_tune_epochs, stream(self.seed, FINE_TUNING))
-        found = {"fine_tuned": scores[0]}
-        if rest is not None:
-            found |= {f"more_{name}": score for name, score in classification(encoder, fit, rest).items()}
-            found |= {"more_fine_tuned": scores[1], "more_pictures": len(rest.images)}
-        return found
+        tests = {"more_fine_tuned": rest} if self.is_choice else {"more_fine_tuned": rest, "fine_tuned": self.data.val}
+        seed = stream(self.seed, FINE_TUNING)
+        scores = fine_tune(encoder, fit, list(tests.values()), self.size.fine_tune_epochs, seed)
+        found = {f"more_{name}": score for name, score in classification(encoder, fit, rest).items()}
+        return found | dict(zip(tests, scores, strict=True)) | {"more_pictures": len(rest.images)}
 
     @property
     def due(self) -> bool:
         """Whether a point of training was reached and has not been measured, or only in part by an earlier code."""
-        more = self.epoch == self.epochs and self.data.rest is not None
-        measured = any(row["epoch"] == self.epoch and ("more_linear" in row or not more) for row in self.curve)
+        end = self.epoch == self.epochs
+        measured = any(row["epoch"] == self.epoch and ("more_linear" in row or not end) for row in self.curve)
         return self.epoch in self.points and not measured
 
     def go_on(self, checkpoint: Path, after_epoch: Callable[[Run], None] = lambda run: None) -> dict[str, Any]:

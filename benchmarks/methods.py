@@ -118,7 +118,7 @@ MASKS = {
     "random, longer": Method(random, longer=1.4),  # about the time of grid to part
     "not pretrained": Method(random, longer=0),  # what the measures owe to the start of the weights
 }
-VARIANTS = {  # one setting of grid to part at a time; random masks beside those that change more than parts
+CHOICES = {  # one setting of grid to part at a time, and random masks of the same ratios
     "power 1": Method(partial(EvolvingMask, power=1), taught),
     "power 2": Method(partial(EvolvingMask, power=2), taught),
     "alpha to 0.5": Method(half_way, taught),
@@ -135,4 +135,4 @@ VARIANTS = {  # one setting of grid to part at a time; random masks beside those
     "random to part, alpha to 0.5": Method(lambda epochs: half_way(epochs, start=Random()), taught),
     "people's boxes": Method(EvolvingMask, lambda encoder, epochs: BoxTeacher()),
 }
-METHODS = MASKS | VARIANTS
+METHODS = MASKS | CHOICES

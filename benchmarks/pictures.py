@@ -51,7 +51,7 @@ class Data(NamedTuple):
     """What the settings of the probes are chosen on."""
     val: Pictures
     """What is reported; nothing is chosen on it."""
-    rest: Pictures | None
+    rest: Pictures
     """Pictures of train that no probe learns from, held out or not: many more than val."""
     fingerprint: str
     """Of the pictures that are trained and measured on."""
@@ -79,10 +79,6 @@ class Data(NamedTuple):
         fingerprint.update(val.images.numpy())
         fit, held_out, rest = (train.take(torch.cat(index)) for index in (fit, held_out, rest))
         return cls(train, fit, held_out, val, rest, fingerprint.hexdigest()[:16])
-
-    def for_choices(self) -> Data:
-        """Measured on the rest of the training pictures: more of them, and those that are reported stay unseen."""
-        return self._replace(val=self.rest, rest=None, fingerprint=f"{self.fingerprint}, rest of train")
 
 
 def read_pictures(folder: Path, name: str, size: int, patch: int, boxes: Boxes | None) -> Pictures:

@@ -2,7 +2,9 @@
 
 python benchmarks/pretraining.py --data ../shared/data/tinyimagenet20 --size cpu --seeds 0 1 2 --workers 2
 python benchmarks/pretraining.py --report         # the table and the figure, from the finished runs that are there
-python benchmarks/pretraining.py --variants ...   # settings of the masks from grid to part, one at a time
+
+`--masks` also takes settings of grid to part, one changed at a time, which are for choices: they are scored only on the
+pictures of `train` that no probe learns from, and not on `val`.
 
 FOLDER holds `train` and `val` in torchvision's ImageFolder layout and, for the segmentation probe, `boxes.csv` with a
 row `path,...,x0,y0,x1,y1` for each picture. Pictures are brought to one size and held in memory.
@@ -10,7 +12,6 @@ row `path,...,x0,y0,x1,y1` for each picture. Pictures are brought to one size an
 It can be stopped at any moment: the same command goes on where it was. A finished run is a file in --out and is not
 made again; one that is not is a checkpoint in --runs. Two commands side by side share the runs between them.
 All masks have the same steps; what that took is in the table, and a row "random, longer" compares at equal time.
-Variants are for choices, so they are scored on pictures of `train` that no probe learns from, and not on `val`.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from mask_runs import POINTS, SIZES, Run, file_name, num_epochs, write
+from mask_runs import SIZES, Run, file_name, num_epochs, write
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from methods import BASELINE, DEFAULT, MASKS, METHODS, VARIANTS
+from methods import BASELINE, CHOICES, DEFAULT, MASKS, METHODS
 from pictures import Data
 from probes import MEASURES, MORE
 from scipy.stats import t as student
@@ -47,8 +48,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, metavar="FOLDER")
     add("--size", choices=SIZES, help="cpu on a CPU, gpu on a GPU if not given")
-    add("--masks", nargs="+", choices=METHODS, metavar="MASK", help=f"of {', '.join(METHODS)}")
-    add("--variants", action="store_true", help="compare settings of grid to part; masks not named are these")
+    names = f"masks: {', '.join(MASKS)} (all of them if not given); settings: {', '.join(CHOICES)}"
+    add("--masks", nargs="+", choices=METHODS, default=list(MASKS), metavar="MASK", help=names)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     add("--workers", type=int, default=1, help="runs side by side (default: 1); on a CPU one thread each")
     add("--out", type=Path, help="finished runs (default: results/<machine>/pretraining; ci: RUNS/ci/results)")
@@ -58,11 +59,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.data is None and not args.report:
         parser.error("--data FOLDER is missing")
     args.size = args.size or ("gpu" if args.device == "cuda" else "cpu")
-    args.baseline, args.points = (DEFAULT, (1.0,)) if args.variants else (BASELINE, POINTS)
-    args.masks = args.masks or [BASELINE, DEFAULT, *VARIANTS] if args.variants else args.masks or list(MASKS)
-    kind = "_variants" if args.variants else ""
-    args.runs, results = args.runs / f"{args.size}{kind}", common.folder(args.device) / f"pretraining{kind}"
-    args.out = args.out or (args.runs / "results" if args.size == "ci" else results)
+    args.runs = args.runs / args.size
+    trial = args.size == "ci"
+    args.out = args.out or (args.runs / "results" if trial else common.folder(args.device) / "pretraining")
     return args
 
 
@@ -70,20 +69,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if not args.report:
         run_all(args)
-    report(args.out, args.baseline)
+    report(args.out)
 
 
 def run_all(args: argparse.Namespace) -> None:
     """Start the workers and wait for them."""
     size, machine = SIZES[args.size], common.machine(args.device)
     data = Data.read(args.data, size.image, size.patch, size.labelled)
-    data = data.for_choices() if args.variants else data
     jobs = [(mask, seed) for seed in args.seeds for mask in args.masks]
     args.out.mkdir(parents=True, exist_ok=True)
     if args.device == "cpu":
         os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read by a worker when it starts
     spawn = multiprocessing.get_context("spawn")
-    shared = (jobs, args.size, data, args.device, machine, args.out, args.runs, args.points)
+    shared = (jobs, args.size, data, args.device, machine, args.out, args.runs)
     workers = [spawn.Process(target=work, args=(place, *shared), daemon=True) for place in range(args.workers)]
     for worker in workers:
         worker.start()
@@ -94,15 +92,7 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def work(
-    place: int,
-    jobs: Jobs,
-    size: str,
-    data: Data,
-    device: str,
-    machine: str,
-    out: Path,
-    checkpoints: Path,
-    points: Sequence[float] = POINTS,
+    place: int, jobs: Jobs, size: str, data: Data, device: str, machine: str, out: Path, checkpoints: Path
 ) -> None:
     """Make the runs that are not finished and that nobody else is making, one after the other."""
     if device == "cpu":
@@ -118,13 +108,16 @@ def work(
         def show(run: Run) -> None:
             bar.set_postfix_str(f"{file_name(run.mask, run.seed)}, epoch {run.epoch}, loss {run.losses[-1]:.3f}", False)
             bar.update(finished() + run.epoch - bar.n)
+            parent = multiprocessing.parent_process()
+            if parent is not None and not parent.is_alive():  # nobody would stop this one
+                raise SystemExit("the command was stopped")
 
         for mask, seed in jobs:
             path, folder = out / f"{file_name(mask, seed)}.json", checkpoints / file_name(mask, seed)
             with locked(folder) as ours:
                 if not ours:
                     continue
-                run = Run(mask, seed, SIZES[size], data, device, points)
+                run = Run(mask, seed, SIZES[size], data, device)
                 if path.exists():
                     run.check(json.loads(path.read_text())["settings"], path)
                     continue
@@ -150,31 +143,35 @@ def locked(folder: Path) -> Iterator[bool]:
             yield True
 
 
-def report(folder: Path, baseline: str = BASELINE) -> None:
-    """Write the table, as `folder`.json, and the curves, as `folder`.png, from the finished runs in it."""
+def report(folder: Path) -> None:
+    """Write the tables, as `folder`.json, and the figure, as `folder`.png, from the finished runs in it."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     if not results:
         raise SystemExit(f"{folder} holds no finished run")
-    for name in ("size", "points", "probes", "fingerprint"):
+    for name in ("size", "probes", "fingerprint"):
         found = {json.dumps(result["settings"][name]) for result in results}
         if len(found) > 1:
             raise SystemExit(f"the runs in {folder} have more than one {name}, {', '.join(found)}: sort them apart")
     by_mask = {mask: {run["seed"]: run for run in results if run["mask"] == mask} for mask in METHODS}
     by_mask = {mask: runs for mask, runs in by_mask.items() if runs}
-    rows = [summary(mask, runs, by_mask.get(baseline, {})) for mask, runs in by_mask.items()]
-    same = ("size", "points", "probes", "pictures", "fingerprint")
+    masks = {mask: runs for mask, runs in by_mask.items() if mask in MASKS}
+    chosen_from = (BASELINE, DEFAULT, "grid to part, all layers", *CHOICES)
+    choices = {mask: runs for mask, runs in by_mask.items() if mask in chosen_from}
+    same = ("size", "probes", "pictures", "fingerprint")
     result = {
         "machine": ", ".join(sorted({run["machine"] for run in results})),
         "device": results[0]["device"],
-        "baseline": baseline,
         "settings": {name: results[0]["settings"][name] for name in same},
-        "rows": rows,
+        "baseline": BASELINE,
+        "rows": [summary(mask, runs, by_mask.get(BASELINE, {})) for mask, runs in masks.items()],
+        "baseline_of_choices": DEFAULT,
+        "choices": [summary(mask, runs, by_mask.get(DEFAULT, {})) for mask, runs in choices.items()],
     }
     (folder.parent / f"{folder.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    if len(results[0]["settings"]["points"]) > 1:
-        draw(by_mask).savefig(folder.parent / f"{folder.name}.png", dpi=110)
-    common.print_table([{"mask": row["name"], **pretraining_cells(row)} for row in rows])
-    print(f"wrote {folder}.json")
+    draw(masks).savefig(folder.parent / f"{folder.name}.png", dpi=110)
+    for rows, prefix in ((result["rows"], ""), (result["rows"], "more_"), (result["choices"], "more_")):
+        common.print_table([{"mask": row["name"], **pretraining_cells(row, prefix)} for row in rows])
+    print(f"wrote {folder}.json and .png")
 
 
 def summary(mask: str, runs: dict[int, Any], others: dict[int, Any]) -> common.Row:

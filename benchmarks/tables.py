@@ -31,7 +31,7 @@ def render(text: str) -> str:
     }
     tables["pretraining"] = pretraining
     tables["more_pictures"] = partial(pretraining, prefix="more_")
-    tables["variants"] = partial(pretraining, "pretraining_variants")
+    tables["choices"] = partial(pretraining, prefix="more_", rows="choices")
 
     def replace(found: re.Match[str]) -> str:
         return f"<!-- {found[1]} -->\n{tables[found[1]]()}\n<!-- end -->"
@@ -107,13 +107,13 @@ def parts() -> str:
     return by_machine("part_quality", cells, timed=False)
 
 
-def pretraining(name: str = "pretraining", prefix: str = "") -> str:
+def pretraining(prefix: str = "", rows: str = "rows") -> str:
     """What models have learned under each mask, and differences to the baseline's runs of the same seeds."""
 
     def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
         return {(row["name"], column): cell for row in rows for column, cell in pretraining_cells(row, prefix).items()}
 
-    return by_machine(name, cells)
+    return by_machine("pretraining", cells, rows=rows)
 
 
 def pretraining_cells(row: Any, prefix: str = "") -> dict[str, str]:
@@ -160,12 +160,14 @@ def read(name: str) -> Any:
     return json.loads((RESULTS / "amd-epyc-2-cores" / f"{name}.json").read_text())
 
 
-def by_machine(name: str, cells: Callable[[list[Any]], dict[tuple[str, str], str]], timed: bool = True) -> str:
+def by_machine(
+    name: str, cells: Callable[[list[Any]], dict[tuple[str, str], str]], timed: bool = True, rows: str = "rows"
+) -> str:
     """A table for each machine that has results, and a word on those that are missing where machines differ."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
     blocks = []
     for result in results:
-        found = cells(result["rows"])
+        found = cells(result[rows])
         columns = dict.fromkeys(column for _, column in found)
         lines = [f"| {result['machine']} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
         lines += [

@@ -1,7 +1,12 @@
 """The study of pretraining: a run that was stopped ends like one that was not, and a mask that cheats is found out."""
 
 import json
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import mask_runs
 import numpy as np
@@ -10,7 +15,7 @@ import processes
 import pytest
 import torch
 from mask_runs import SIZES, Run, file_name
-from methods import DEFAULT, METHODS, VARIANTS, BoxTeacher, Method
+from methods import BASELINE, CHOICES, DEFAULT, METHODS, BoxTeacher, Method
 from pictures import MEAN, STD, Data, crop, normalised, patches_in, random_crops
 from PIL import Image
 from probes import MORE
@@ -167,13 +172,14 @@ def test_every_mask_trains(mask, data):
     assert run.epochs == {"random, longer": 3, "not pretrained": 0}.get(mask, 2)
 
 
-def test_a_variant_changes_one_setting(data):
+def test_a_choice_changes_one_setting(data):
     def settings(mask):
         found = Run(mask, 0, CI, data, "cpu").settings
+        del found["points"]
         return found.pop("teacher") or {}, found
 
     teacher, others = settings(DEFAULT)
-    for mask in VARIANTS:
+    for mask in CHOICES:
         its_teacher, its_others = settings(mask)
         changed = [name for name in others if its_others[name] != others[name]]
         if not mask.startswith("random") and mask != "people's boxes":
@@ -184,7 +190,7 @@ def test_a_variant_changes_one_setting(data):
             assert its_teacher == teacher
 
 
-def test_the_mask_ratio_of_a_variant_is_what_it_trains_with(monkeypatch, data):
+def test_the_mask_ratio_of_a_choice_is_what_it_trains_with(monkeypatch, data):
     run = Run("mask ratio 0.5", 0, CI, data, "cpu")
     forward, seen = run.model.forward, []
     monkeypatch.setattr(run.model, "forward", lambda *args: seen.append(forward(*args)) or seen[-1])
@@ -288,13 +294,10 @@ def test_probes_never_learn_from_what_is_held_out_or_reported(data):
 
 def test_choices_are_made_on_pictures_that_no_probe_learns_from(folder):
     data = Data.read(folder, CI.image, CI.patch, 7)
-    val = data.for_choices().val
-    assert len(val.images) == CLASSES * (TRAIN - 7)
-    seen = {image.numpy().tobytes() for image in (*data.fit.images, *data.val.images)}
-    assert not seen & {image.numpy().tobytes() for image in val.images}
-    assert {image.numpy().tobytes() for image in data.held_out.images} <= {
-        image.numpy().tobytes() for image in val.images
-    }
+    assert len(data.rest.images) == CLASSES * (TRAIN - 7)
+    rest = {image.numpy().tobytes() for image in data.rest.images}
+    assert not rest & {image.numpy().tobytes() for image in (*data.fit.images, *data.val.images)}
+    assert {image.numpy().tobytes() for image in data.held_out.images} <= rest
 
 
 def test_without_boxes_there_is_no_segmentation(tmp_path, folder, capsys):
@@ -363,20 +366,45 @@ def test_workers_share_the_runs_and_a_second_command_makes_none_again(tmp_path, 
     assert times == [(tmp_path / "out" / name).stat().st_mtime_ns for name in names]
 
 
-def test_variants_are_a_study_of_their_own(tmp_path, folder, monkeypatch):
-    forkserver = processes.context()
-    monkeypatch.setattr(pretraining.multiprocessing, "get_context", lambda method: forkserver)
-    options = ["--data", folder, "--size", "ci", "--device", "cpu", "--runs", tmp_path, "--variants"]
-    pretraining.main([*map(str, options), "--masks", DEFAULT, "mask ratio 0.5", "--seeds", "0"])
-    result = json.loads((tmp_path / "ci_variants/results.json").read_text())
-    assert result["baseline"] == DEFAULT
-    assert result["settings"]["pictures"]["val"] == CLASSES * max(1, round(0.1 * TRAIN))
-    rows = {row["name"]: row for row in result["rows"]}
-    assert rows[DEFAULT]["linear_difference"] is None
-    assert rows["mask ratio 0.5"]["pairs"] == 1
-    runs = [json.loads(path.read_text()) for path in (tmp_path / "ci_variants/results").iterdir()]
-    assert {run["settings"]["mask_ratio"] for run in runs} == {0.5, 0.75}
-    assert all([row["epoch"] for row in run["curve"]] == [CI.epochs] for run in runs)
+def test_choices_are_not_scored_on_what_is_reported(tmp_path, data, capsys):
+    jobs = [(BASELINE, 0), (DEFAULT, 0), ("mask ratio 0.5", 0)]
+    runs = work(tmp_path, data, jobs)
+    assert [row["epoch"] for row in runs[2]["curve"]] == [CI.epochs]
+    assert not {"linear", "knn", "fine_tuned", "segmentation", "fixed_loss"} & runs[2]["curve"][0].keys()
+    pretraining.report(tmp_path / "out")
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [row["name"] for row in result["rows"]] == [BASELINE, DEFAULT]
+    assert [row["name"] for row in result["choices"]] == [job[0] for job in jobs]
+    row = result["choices"][2]
+    ends = [run["curve"][-1]["more_knn"] for run in runs]
+    assert row["more_knn_difference"] == [pytest.approx(ends[2] - ends[1]), None, None], "against the default"
+    assert pretraining_cells(row, "more_")["knn"] == f"{ends[2]:.3f}; {ends[2] - ends[1]:+.3f}"
+
+
+def test_workers_end_with_a_command_that_is_killed(tmp_path, folder):
+    options = ["--data", folder, "--size", "ci", "--device", "cpu", "--runs", tmp_path, "--masks", "random"]
+    options += ["--seeds", *range(500)]
+    script = Path(pretraining.__file__)
+    process = subprocess.Popen([sys.executable, script, *map(str, options)], stderr=subprocess.DEVNULL)
+    wait_for(lambda: (tmp_path / "ci/random-0/state.pt").exists())
+    process.kill()
+    process.wait()
+
+    def is_free():
+        with ExitStack() as stack:
+            return all(stack.enter_context(pretraining.locked(path)) for path in (tmp_path / "ci").glob("random-*"))
+
+    wait_for(is_free)
+    done = len(list((tmp_path / "ci/results").iterdir()))
+    assert done < 500
+
+
+def wait_for(condition):
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("nothing happened for a minute")
 
 
 def test_a_run_that_another_process_makes_is_left_to_it(tmp_path, data):
@@ -407,7 +435,7 @@ def test_a_loss_that_is_no_number_stops_its_run_and_no_other(tmp_path, data, mon
 
 def finished(mask, seed, value, seconds=1.0, **settings):
     row = {"epoch": 4, "fine_tuned": value, "linear": value, "knn": value, "segmentation": None, "fixed_loss": value}
-    same = dict.fromkeys(("size", "probes", "pictures", "fingerprint"), 0) | {"epochs": 4, "points": [0.5, 1.0]}
+    same = dict.fromkeys(("size", "probes", "pictures", "fingerprint"), 0) | {"epochs": 4}
     times = {"seconds": 2 * seconds, "processor_seconds": seconds}
     where = {"machine": "this one", "device": "cpu"}
     return {"mask": mask, "seed": seed, **where, **times, "settings": same | settings, "curve": [row]}
