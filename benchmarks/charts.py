@@ -1,4 +1,4 @@
-"""Draw the two charts of the README from the files in results/: what a step costs, and how good the parts are.
+"""Draw the charts of the pages from the files in results/: what a step costs, how good the parts are, what is learned.
 
 python benchmarks/charts.py
 """
@@ -6,13 +6,15 @@ python benchmarks/charts.py
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from tables import read
+from tables import RESULTS, read
 
 PICTURES = Path(__file__).parents[1] / "docs/pictures"
+STUDY = RESULTS / "amd-epyc-2-cores/pretraining.png"  # drawn by pretraining.py
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "maskevolve", "font.size": 9, "font.family": "sans-serif"}
 
 Chart = dict[str, dict[str, list[float]]]  # for each panel and each bar: its value, and the ends of its spread
@@ -91,6 +93,7 @@ def main(folder: Path = PICTURES) -> None:
         with mpl.rc_context(STYLE):
             metadata = {"Description": json.dumps(chart), "Date": None}
             draw(chart, title).savefig(folder / f"{name}.svg", metadata=metadata)
+    shutil.copyfile(STUDY, folder / STUDY.name)
 
 
 if __name__ == "__main__":

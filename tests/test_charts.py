@@ -1,4 +1,4 @@
-"""The charts of the README show what the files of results say today."""
+"""The charts of the pages show what the files of results say today."""
 
 import json
 from xml.etree import ElementTree
@@ -27,6 +27,10 @@ def read(path):
 def test_a_chart_was_drawn_from_the_result_files(name, drawn_now):
     expected = read(drawn_now / f"{name}.svg")
     assert read(charts.PICTURES / f"{name}.svg") == expected, "run python benchmarks/charts.py"
+
+
+def test_the_figure_of_the_study_is_the_last_one(drawn_now):
+    assert (drawn_now / "pretraining.png").read_bytes() == (charts.PICTURES / "pretraining.png").read_bytes()
 
 
 @pytest.mark.parametrize("name", charts.CHARTS)
