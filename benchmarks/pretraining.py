@@ -155,8 +155,6 @@ def report(folder: Path) -> None:
     by_mask = {mask: {run["seed"]: run for run in results if run["mask"] == mask} for mask in METHODS}
     by_mask = {mask: runs for mask, runs in by_mask.items() if runs}
     masks = {mask: runs for mask, runs in by_mask.items() if mask in MASKS}
-    chosen_from = (BASELINE, DEFAULT, "grid to part, all layers", *CHOICES)
-    choices = {mask: runs for mask, runs in by_mask.items() if mask in chosen_from}
     same = ("size", "probes", "pictures", "fingerprint")
     result = {
         "machine": ", ".join(sorted({run["machine"] for run in results})),
@@ -164,12 +162,12 @@ def report(folder: Path) -> None:
         "settings": {name: results[0]["settings"][name] for name in same},
         "baseline": BASELINE,
         "rows": [summary(mask, runs, by_mask.get(BASELINE, {})) for mask, runs in masks.items()],
-        "baseline_of_choices": DEFAULT,
-        "choices": [summary(mask, runs, by_mask.get(DEFAULT, {})) for mask, runs in choices.items()],
+        "default": DEFAULT,
+        "against_default": [summary(mask, runs, by_mask.get(DEFAULT, {})) for mask, runs in by_mask.items()],
     }
     (folder.parent / f"{folder.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(masks).savefig(folder.parent / f"{folder.name}.png", dpi=110)
-    for rows, prefix in ((result["rows"], ""), (result["rows"], "more_"), (result["choices"], "more_")):
+    for rows, prefix in ((result["rows"], ""), (result["rows"], "more_"), (result["against_default"], "more_")):
         common.print_table([{"mask": row["name"], **pretraining_cells(row, prefix)} for row in rows])
     print(f"wrote {folder}.json and .png")
 
@@ -216,7 +214,7 @@ def draw(by_mask: dict[str, dict[int, Any]]) -> Figure:
     for ax, (name, title) in zip(axes[2:], list(MEASURES.items())[1:], strict=True):
         for index, (mask, runs) in enumerate(by_mask.items()):
             draw_curve(ax, mask, list(runs.values()), name, index)
-        ax.set(title=title, xlabel="epoch", xlim=(0, None))
+        ax.set(title=title, xlabel="epoch", xlim=(-0.3, None))
     figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     return figure
 
@@ -235,7 +233,7 @@ def draw_ends(ax: Any, by_mask: dict[str, dict[int, Any]], name: str, title: str
 
 def draw_curve(ax: Any, mask: str, runs: list[Any], name: str, index: int) -> None:
     rows = [[row for row in run["curve"] if row.get(name) is not None] for run in runs]
-    if not rows[0]:
+    if not rows[0] or (name == "fixed_loss" and rows[0][-1]["epoch"] == 0):  # before training it is out of scale
         return
     style = {"color": COLOURS[mask], "linewidth": 2.5 if mask in (BASELINE, DEFAULT) else 1}
     epochs = [row["epoch"] for row in rows[0]]

@@ -31,7 +31,7 @@ def render(text: str) -> str:
     }
     tables["pretraining"] = pretraining
     tables["more_pictures"] = partial(pretraining, prefix="more_")
-    tables["choices"] = partial(pretraining, prefix="more_", rows="choices")
+    tables["against_default"] = partial(pretraining, prefix="more_", rows="against_default")
 
     def replace(found: re.Match[str]) -> str:
         return f"<!-- {found[1]} -->\n{tables[found[1]]()}\n<!-- end -->"

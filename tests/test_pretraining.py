@@ -374,8 +374,8 @@ def test_choices_are_not_scored_on_what_is_reported(tmp_path, data, capsys):
     pretraining.report(tmp_path / "out")
     result = json.loads((tmp_path / "out.json").read_text())
     assert [row["name"] for row in result["rows"]] == [BASELINE, DEFAULT]
-    assert [row["name"] for row in result["choices"]] == [job[0] for job in jobs]
-    row = result["choices"][2]
+    assert [row["name"] for row in result["against_default"]] == [job[0] for job in jobs]
+    row = result["against_default"][2]
     ends = [run["curve"][-1]["more_knn"] for run in runs]
     assert row["more_knn_difference"] == [pytest.approx(ends[2] - ends[1]), None, None], "against the default"
     assert pretraining_cells(row, "more_")["knn"] == f"{ends[2]:.3f}; {ends[2] - ends[1]:+.3f}"
