@@ -400,11 +400,11 @@ def test_workers_end_with_a_command_that_is_killed(tmp_path, folder):
 
 
 def wait_for(condition):
-    for _ in range(600):
+    for _ in range(1800):
         if condition():
             return
         time.sleep(0.1)
-    raise AssertionError("nothing happened for a minute")
+    raise AssertionError("nothing happened for three minutes")
 
 
 def test_a_run_that_another_process_makes_is_left_to_it(tmp_path, data):
