@@ -78,7 +78,7 @@ SIZES = {
 
 
 def file_name(mask: str, seed: int) -> str:
-    return f"{mask.replace(',', '').replace(' ', '-').lower()}-{seed}"
+    return "-".join((*mask.lower().replace(",", "").replace("'", "").split(), str(seed)))
 
 
 class Run:
