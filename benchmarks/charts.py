@@ -11,10 +11,13 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from tables import RESULTS, read
+from tables import GPU, RESULTS, read
 
 PICTURES = Path(__file__).parents[1] / "docs/pictures"
-STUDY = RESULTS / "amd-epyc-2-cores/pretraining.png"  # drawn by pretraining.py
+STUDY = {  # drawn by pretraining.py
+    "pretraining.png": RESULTS / "amd-epyc-2-cores/pretraining.png",
+    "pretraining_gpu.png": RESULTS / GPU / "pretraining.png",
+}
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "maskevolve", "font.size": 9, "font.family": "sans-serif"}
 
 Chart = dict[str, dict[str, list[float]]]  # for each panel and each bar: its value, and the ends of its spread
@@ -93,7 +96,8 @@ def main(folder: Path = PICTURES) -> None:
         with mpl.rc_context(STYLE):
             metadata = {"Description": json.dumps(chart), "Date": None}
             draw(chart, title).savefig(folder / f"{name}.svg", metadata=metadata)
-    shutil.copyfile(STUDY, folder / STUDY.name)
+    for name, path in STUDY.items():
+        shutil.copyfile(path, folder / name)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ def test_a_chart_was_drawn_from_the_result_files(name, drawn_now):
     assert read(charts.PICTURES / f"{name}.svg") == expected, "run python benchmarks/charts.py"
 
 
-def test_the_figure_of_the_study_is_the_last_one(drawn_now):
-    assert (drawn_now / "pretraining.png").read_bytes() == (charts.PICTURES / "pretraining.png").read_bytes()
+@pytest.mark.parametrize("name", charts.STUDY)
+def test_a_figure_of_the_study_is_the_last_one(name, drawn_now):
+    assert (drawn_now / name).read_bytes() == (charts.PICTURES / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", charts.CHARTS)
