@@ -38,8 +38,8 @@ def part_picture(image: Any, parts: Tensor, grid_size: GridSize | None = None, *
     """The image with its parts outlined in yellow, or each in a colour of its own.
 
     Args:
-        image: a tensor [3, height, width], an array [height, width, 3] or [3, height, width], floats in [0, 1] or
-            uint8; or a picture of PIL.
+        image: a tensor [3, height, width], an array [height, width, 3] or [3, height, width], or with one channel or
+            none in grey; floats in [0, 1] or uint8. Or a picture of PIL.
         parts: [N] integers, the part of each patch.
         grid_size: the side of a square patch grid, or (H, W), in patches; where None, the grid of square patches of
             the image or, where there is none, a square grid.
@@ -75,8 +75,8 @@ def mask_picture(image: Any, mask: Tensor, grid_size: GridSize | None = None) ->
     """The image with its removed patches in grey; in blue where the image itself has no colour.
 
     Args:
-        image: a tensor [3, height, width], an array [height, width, 3] or [3, height, width], floats in [0, 1] or
-            uint8; or a picture of PIL.
+        image: a tensor [3, height, width], an array [height, width, 3] or [3, height, width], or with one channel or
+            none in grey; floats in [0, 1] or uint8. Or a picture of PIL.
         mask: [N], 0 keep, 1 remove.
         grid_size: the side of a square patch grid, or (H, W), in patches; where None, the grid of square patches of
             the image or, where there is none, a square grid.

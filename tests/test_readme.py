@@ -12,6 +12,7 @@ import tables
 import torch
 from lightly_mae import MAE as LightlyMAE
 from timm.models.vision_transformer import VisionTransformer
+from torch.optim.swa_utils import AveragedModel
 from transformers import (
     Trainer,
     TrainingArguments,
@@ -61,7 +62,8 @@ def a_vit():
     torch.manual_seed(0)
     vit = VisionTransformer((128, 1024), 16, in_chans=1, embed_dim=48, depth=2, num_heads=3, num_classes=0)
     images = torch.randn(2, 1, 128, 1024)
-    return {"vit": vit, "epochs": 2, "epoch": 1, "images": images, "patches": vit.patch_embed(images), "torch": torch}
+    training = {"epochs": 2, "epoch": 1, "images": images, "patches": vit.patch_embed(images)}
+    return {"vit": vit, "average": AveragedModel(vit), "torch": torch, **training}
 
 
 def a_script_for_timm():
@@ -219,6 +221,12 @@ def test_masks_by_hand(run):
     assert names["visible"].shape == (2, 128, 48)
     assert names["masking"].alpha == 1
     assert names["state"]["teacher"]["epoch"] == 1
+
+
+def test_the_parts_of_a_moving_average_of_your_own(run):
+    (names,) = run("docs/masks.md", "token_affinity(average")
+    assert names["parts"].shape == (2, 512)
+    assert names["parts"].max() == 9
 
 
 def test_validations_that_can_be_compared():
