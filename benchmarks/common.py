@@ -68,12 +68,12 @@ def _repetitions(function: Callable[[], Any], device: str) -> int:
 
 def _time(function: Callable[[], Any], number: int, device: str) -> float:
     """Milliseconds of a call."""
-    if device == "cuda" and number > 1:
-        from triton.testing import do_bench
+    if device == "cuda":
+        if number > 1:
+            from triton.testing import do_bench
 
-        return float(do_bench(function, warmup=5, rep=int(SECONDS * 1e3), return_mode="median"))
-    if device == "cuda":  # slow: a few in a row, as in training, where the host works ahead of the GPU
-        number = IN_A_ROW
+            return float(do_bench(function, warmup=5, rep=int(SECONDS * 1e3), return_mode="median"))
+        number = IN_A_ROW  # as in training, where the host works ahead of the GPU
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return timer.timeit(number).mean * 1e3
 

@@ -264,15 +264,15 @@ def part_draws(parts: Tensor, *, generator: torch.Generator | None = None) -> Gr
     return GroupDraws(random_key(len(parts), parts.device, generator), parts)
 
 
-def check_parts(parts: Tensor, shape: tuple[int, int] | None = None) -> None:
-    """Raise an error where `parts` cannot label patches; `shape` is the (B, N) that it must have."""
+def check_parts(parts: Tensor, batch_size: int = 0, grid: tuple[int, int] | None = None) -> None:
+    """Raise an error where `parts` cannot label patches, or, where a grid is given, not those of so many images."""
     if not isinstance(parts, Tensor):
         raise TypeError(f"parts is a {type(parts).__name__}, but must be a tensor: use torch.as_tensor(parts)")
     if parts.is_floating_point() or parts.is_complex():
         raise ValueError(f"parts has dtype {parts.dtype}: part labels are integers, use parts.long()")
-    if parts.ndim != 2 or (shape is not None and parts.shape != shape):
-        wanted = "[B, N]" if shape is None else f"[B, N] = {list(shape)}"
-        raise ValueError(f"parts has shape {list(parts.shape)}, but must be {wanted}, one label for each patch")
+    if parts.ndim != 2 or (grid is not None and parts.shape != (batch_size, grid[0] * grid[1])):
+        wanted = "" if grid is None else f" = {[batch_size, grid[0] * grid[1]]} for a grid of {grid[0]} x {grid[1]}"
+        raise ValueError(f"parts has shape {list(parts.shape)}, but must be [B, N]{wanted}, one label for each patch")
     if parts.device.type == "cpu" and parts.numel() and not torch.compiler.is_compiling() and int(parts.min()) < 0:
         raise ValueError(
             f"parts has the label {int(parts.min())}, but labels must not be negative: if that marks patches without a "

@@ -164,12 +164,6 @@ class Masking(nn.Module):
         height, width = check_grid(grid_size)
         if self.grid_size is not None and (height, width) != check_grid(self.grid_size):
             raise ValueError(f"grid_size={grid_size!r} is not that of this mask, {self.grid_size!r}")
-        shape = [batch_size, height * width]
-        if self.needs_parts and parts is not None and list(parts.shape) != shape:
-            raise ValueError(
-                f"parts has shape {list(parts.shape)}, but must be [B, N] = {shape}: batch_size={batch_size}, and "
-                f"grid_size={grid_size!r} is a grid of {height} x {width} patches"
-            )
         if device is None and parts is not None:
             device = parts.device
         patches = torch.empty(batch_size, height, width, 1, device=device)  # stand in for tokens
@@ -438,7 +432,7 @@ def _draw(masking: Masking, batch_size: int, grid_size: tuple[int, int], parts: 
     shape = batch_size, grid_size[0] * grid_size[1]
     # A blend leaves parts to its masks: if it read its alpha here, torch.compile would compile anew in each epoch.
     if (parts is None or not isinstance(masking, EvolvingMask)) and masking.needs_parts:
-        F.check_parts(_needed(masking, parts), shape)
+        F.check_parts(_needed(masking, parts), batch_size, grid_size)
     scores = masking.draw(batch_size, grid_size, parts, **source)
     F.check_scores(scores, shape)
     return scores
