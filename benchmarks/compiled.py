@@ -27,10 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import MockTensor
 
-from maskevolve.mincut import triton as mincut
-from maskevolve.shuffle import Blend, GroupDraws
-from maskevolve.shuffle import triton as shuffle
-from maskevolve.twomeans import triton as twomeans
+from maskevolve.masks.shuffle import Blend, GroupDraws
+from maskevolve.masks.shuffle import kernel as shuffle
+from maskevolve.parts.mincut import kernel as mincut
+from maskevolve.parts.split import kernel as twomeans
 
 # CUDA C++ Programming Guide, technical specifications by compute capability.
 SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that one program can have

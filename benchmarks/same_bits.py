@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from maskevolve.mincut import grid_min_cut
+from maskevolve.parts.mincut import grid_min_cut
 
 BATCHES, BATCH_SIZE, LARGEST_SIDE = 1250, 8, 32
 INTERPRETED = 10  # of every so many batches, one grid

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from maskevolve import EMPartitioner, EvolvingMask, GraphCutPartitioner, PartTeacher, RandomMask
-from maskevolve.attention import attention_affinity, attention_modules, token_affinity
 from maskevolve.masks import Masking
+from maskevolve.teachers.attention import attention_affinity, attention_modules, token_affinity
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from mae import MaskedAutoencoder

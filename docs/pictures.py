@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from maskevolve import EvolvingMask, GraphCutPartitioner, PartTeacher, mincut, parts_from_segmentation
+from maskevolve import EvolvingMask, GraphCutPartitioner, PartTeacher, parts_from_segmentation
+from maskevolve.parts import mincut
 from maskevolve.schedule import alpha_at, num_parts_at, num_parts_by
 from maskevolve.viz import mask_picture, part_picture
 
@@ -163,7 +164,7 @@ def cut() -> Figure:
         graphs.append((*graph, mincut.grid_min_cut(*graph, **options)))
         return graphs[-1][-1]
 
-    with mock.patch("maskevolve.partition.grid_min_cut", record):
+    with mock.patch("maskevolve.parts.graph_cut.grid_min_cut", record):
         GraphCutPartitioner().hierarchy(affinity, images=image)
     source, sink, capacity, side = (tensor[0] for tensor in graphs[0])
     titles = ["1. affinity to one patch", "2. pull to either mean", "3. edges: cheap where dark", "4. the cut"]

@@ -1,10 +1,8 @@
 """Masks that evolve from a grid to object parts, for any MAE code base."""
 
-from .functional import MaskedPatches
-from .masks import BlockMask, EvolvingMask, GridMask, Masking, PartMask, RandomMask
-from .partition import EMPartitioner, GraphCutPartitioner, PartHierarchy
-from .segmentation import parts_from_segmentation
-from .teacher import FrozenTeacher, PartTeacher
+from .masks import BlockMask, EvolvingMask, GridMask, MaskedPatches, Masking, PartMask, RandomMask
+from .parts import EMPartitioner, GraphCutPartitioner, PartHierarchy, parts_from_segmentation
+from .teachers import FrozenTeacher, PartTeacher
 
 __version__ = "0.1.0"
 

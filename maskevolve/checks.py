@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["check_grid", "check_number", "check_range", "check_tensor", "check_whole", "is_number", "is_whole"]
+__all__ = ["check_number", "check_range", "check_tensor", "check_whole", "is_number", "is_whole"]
 
 
 def is_whole(value: Any) -> bool:
@@ -47,17 +47,3 @@ def check_range(name: str, value: Any, what: str, most: float = math.inf) -> Non
     pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_number, value))
     if not pair or not 0 < value[0] <= value[1] <= most or value[1] == math.inf:
         raise ValueError(f"{name}={value!r} must be {what}")
-
-
-def check_grid(grid_size: Any) -> tuple[int, int]:
-    """A grid size, one number or (H, W), as (H, W)."""
-    if isinstance(grid_size, (tuple, list)) and len(grid_size) == 2:
-        height, width = grid_size
-    else:
-        height = width = grid_size
-    if not is_whole(height) or not is_whole(width) or height < 1 or width < 1:
-        raise ValueError(
-            f"grid_size={grid_size!r} must be the side of a square patch grid, or (H, W), in patches: whole numbers of "
-            "at least 1"
-        )
-    return int(height), int(width)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .functional import GridSize, resolve_grid
+from .grid import GridSize, resolve_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,8 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from vits import MAE, VARIANTS, make_vit
 
 from maskevolve import GraphCutPartitioner, PartTeacher
-from maskevolve.attention import attention_affinity, attention_modules
-from maskevolve.geometry import patch_grid
+from maskevolve.teachers.attention import attention_affinity, attention_modules
+from maskevolve.teachers.patch_grid import patch_grid
 
 
 def make_teacher(model, **options):

@@ -9,7 +9,7 @@ import torch
 from vits import MAE
 
 from maskevolve import BlockMask, EMPartitioner, EvolvingMask, GraphCutPartitioner, GridMask, PartTeacher, RandomMask
-from maskevolve import functional as F
+from maskevolve.masks import functional as F
 from maskevolve.schedule import alpha_at, clamp_epoch, num_parts_at
 
 X, AFFINITY = torch.zeros(2, 16, 1), torch.rand(1, 16, 16)

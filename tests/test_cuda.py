@@ -12,17 +12,18 @@ from test_mincut import random_grid
 from test_twomeans import random_sides
 from vits import photographs
 
-from maskevolve import EvolvingMask, GraphCutPartitioner, fused
-from maskevolve import functional as F
-from maskevolve.edges import contrast_edges, patch_sums
-from maskevolve.mincut import grid_min_cut
-from maskevolve.mincut import triton as mincut_kernels
-from maskevolve.shuffle import random_key, shuffle
-from maskevolve.shuffle import triton as shuffle_kernels
-from maskevolve.twomeans import triton as twomeans_kernels
-from maskevolve.twomeans import whole_images
-from maskevolve.twomeans.torch import TorchParts
-from maskevolve.twomeans.triton import TritonParts
+from maskevolve import EvolvingMask, GraphCutPartitioner
+from maskevolve.masks import functional as F
+from maskevolve.masks.shuffle import kernel as shuffle_kernels
+from maskevolve.masks.shuffle import random_key, shuffle
+from maskevolve.parts import kernels as fused
+from maskevolve.parts.edges import contrast_edges, patch_sums
+from maskevolve.parts.mincut import grid_min_cut
+from maskevolve.parts.mincut import kernel as mincut_kernels
+from maskevolve.parts.split import kernel as twomeans_kernels
+from maskevolve.parts.split import whole_images
+from maskevolve.parts.split.kernel import TritonParts
+from maskevolve.parts.split.plain import TorchParts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

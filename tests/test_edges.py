@@ -13,9 +13,9 @@ from test_partition import agreement, check_labels, same_partition
 from vits import photographs
 
 from maskevolve import GraphCutPartitioner
-from maskevolve.edges import contrast_edges, patch_sums
-from maskevolve.mincut import OFFSETS
-from maskevolve.twomeans import SCALE
+from maskevolve.parts.edges import contrast_edges, patch_sums
+from maskevolve.parts.mincut import OFFSETS
+from maskevolve.parts.split import SCALE
 
 HEIGHT, WIDTH, PATCH = 6, 7, 4
 GRID = (HEIGHT, WIDTH)

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from vits import MAE
 
 from maskevolve import EvolvingMask, GraphCutPartitioner, PartMask, PartTeacher, RandomMask
-from maskevolve.fixed import fixed_masks
 from maskevolve.integrations import apply_to_mae, apply_to_timm
+from maskevolve.masks.fixed import fixed_masks
 
 QUADRANTS = torch.arange(64).view(8, 8) // 4 % 2 + torch.arange(64).view(8, 8) // 32 * 2  # of a grid of 8 x 8 patches
 

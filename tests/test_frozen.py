@@ -10,8 +10,8 @@ from torch import nn
 from vits import MAE, make_vit, photographs
 
 from maskevolve import EMPartitioner, FrozenTeacher, GraphCutPartitioner, PartMask, PartTeacher
-from maskevolve.attention import attention_affinity, token_affinity
-from maskevolve.segmentation import parts_from_segmentation
+from maskevolve.parts.segmentation import parts_from_segmentation
+from maskevolve.teachers.attention import attention_affinity, token_affinity
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 0}
 

@@ -10,13 +10,14 @@ from test_masks import halfway, random_parts, seeded
 from test_mincut import random_grid
 from test_twomeans import gram_of, random_features
 
-from maskevolve import GridMask, fused
-from maskevolve.mincut import grid_min_cut
-from maskevolve.mincut import triton as mincut
-from maskevolve.shuffle import triton as shuffle
-from maskevolve.twomeans import triton as twomeans
-from maskevolve.twomeans import whole_images
-from maskevolve.twomeans.torch import TorchParts
+from maskevolve import GridMask
+from maskevolve.masks.shuffle import kernel as shuffle
+from maskevolve.parts import kernels as fused
+from maskevolve.parts.mincut import grid_min_cut
+from maskevolve.parts.mincut import kernel as mincut
+from maskevolve.parts.split import kernel as twomeans
+from maskevolve.parts.split import whole_images
+from maskevolve.parts.split.plain import TorchParts
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
 
@@ -160,7 +161,9 @@ def test_a_solver_that_was_asked_for_is_not_replaced(gpu, monkeypatch):
 
 
 def test_kernels_can_be_turned_off(monkeypatch):
-    code = "import torch; from maskevolve import fused; print(fused.OFF, fused.on_gpu(torch.device('cuda')))"
+    code = (
+        "import torch; from maskevolve.parts import kernels; print(kernels.OFF, kernels.on_gpu(torch.device('cuda')))"
+    )
     monkeypatch.setenv("MASKEVOLVE_KERNELS", "0")
     assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["True", "False"]
     assert not fused.OFF

@@ -7,9 +7,9 @@ from torch import nn
 from vits import MAE
 
 from maskevolve import BlockMask, EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher, RandomMask
-from maskevolve.encoder import check_patches
-from maskevolve.geometry import patch_grid, whole_patches
 from maskevolve.integrations import apply_to_mae
+from maskevolve.teachers.encoder import check_patches
+from maskevolve.teachers.patch_grid import patch_grid, whole_patches
 
 
 class Vit(nn.Module):

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from maskevolve import GraphCutPartitioner, PartTeacher
-from maskevolve.attention import attention_affinity
+from maskevolve.teachers.attention import attention_affinity
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
 SIZE = {"image_size": 64, "patch_size": 8}

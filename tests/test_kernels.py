@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from test_masks import MASKS, Own, halfway, random_parts, seeded
 from test_mincut import random_grid
 
-from maskevolve import BlockMask, EvolvingMask, GridMask, PartMask, RandomMask, shuffle
-from maskevolve import functional as F
-from maskevolve import fused as gate
-from maskevolve.shuffle import torch as plain
+from maskevolve import BlockMask, EvolvingMask, GridMask, PartMask, RandomMask
+from maskevolve.masks import functional as F
+from maskevolve.masks import shuffle
+from maskevolve.masks.shuffle import plain
+from maskevolve.parts import kernels as gate
 
-kernels = pytest.importorskip("maskevolve.shuffle.triton")
-mincut_kernels = pytest.importorskip("maskevolve.mincut.triton")
-twomeans_kernels = pytest.importorskip("maskevolve.twomeans.triton")
+kernels = pytest.importorskip("maskevolve.masks.shuffle.kernel")
+mincut_kernels = pytest.importorskip("maskevolve.parts.mincut.kernel")
+twomeans_kernels = pytest.importorskip("maskevolve.parts.split.kernel")
 
 
 @pytest.fixture

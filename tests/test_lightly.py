@@ -19,8 +19,8 @@ from torchvision.models import vision_transformer as torchvision_vit
 from vits import watch_calls
 
 from maskevolve import EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher, RandomMask
-from maskevolve.attention import attention_affinity
 from maskevolve.integrations import apply_to_lightly, lightning_callback
+from maskevolve.teachers.attention import attention_affinity
 
 OWN = {name: function for name, function in vars(utils).items() if name.startswith("random_")}
 

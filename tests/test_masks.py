@@ -20,8 +20,8 @@ from maskevolve import (
     PartTeacher,
     RandomMask,
 )
-from maskevolve import functional as F
 from maskevolve.masks import Masking
+from maskevolve.masks import functional as F
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-from maskevolve.mincut import OFFSETS, grid_min_cut
-from maskevolve.mincut.triton import min_cut as triton_min_cut
+from maskevolve.parts.mincut import OFFSETS, grid_min_cut
+from maskevolve.parts.mincut.kernel import min_cut as triton_min_cut
 
 SOLVERS = ["pymaxflow", "torch", "triton"]
 
@@ -92,7 +92,7 @@ def test_larger_grids_go_to_the_torch_solver(monkeypatch):
     grid = random_grid(33, 32, 100, 0.2, seed=0)
     expected = grid_min_cut(*grid, solver="pymaxflow")
     with monkeypatch.context() as patch:
-        patch.setattr("maskevolve.mincut.triton._min_cut_kernel", None)
+        patch.setattr("maskevolve.parts.mincut.kernel._min_cut_kernel", None)
         assert torch.equal(grid_min_cut(*grid, solver="triton"), expected)
 
 

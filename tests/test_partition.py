@@ -11,7 +11,7 @@ from planted import planted_attention as planted
 from sklearn.metrics import adjusted_rand_score
 
 from maskevolve import EMPartitioner, GraphCutPartitioner, PartMask
-from maskevolve.twomeans import exact_dtype
+from maskevolve.parts.split import exact_dtype
 
 partitioners = pytest.mark.parametrize("partitioner", [GraphCutPartitioner(), EMPartitioner()], ids=["cut", "em"])
 

@@ -18,9 +18,9 @@ from PIL import Image
 from skimage.segmentation import slic
 
 from maskevolve import EvolvingMask, GraphCutPartitioner, RandomMask, parts_from_segmentation
-from maskevolve.attention import token_affinity
-from maskevolve.fixed import fixed_masks
 from maskevolve.integrations import apply_to_timm
+from maskevolve.masks.fixed import fixed_masks
+from maskevolve.teachers.attention import token_affinity
 
 DOCS = Path(__file__).parents[1] / "docs"
 spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")

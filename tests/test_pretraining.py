@@ -24,7 +24,7 @@ from test_pretrain import equal
 from torch.nn.functional import avg_pool2d
 
 from maskevolve import RandomMask
-from maskevolve.functional import MaskedPatches
+from maskevolve.masks.functional import MaskedPatches
 
 CI = SIZES["ci"]
 CLASSES, TRAIN, VAL = 3, 20, 6

@@ -12,10 +12,10 @@ from test_masks import seeded
 from test_mincut import random_grid
 from test_twomeans import gram_of, random_features, random_sides
 
-from maskevolve.mincut import triton as mincut
-from maskevolve.shuffle import Blend, GroupDraws, random_key
-from maskevolve.shuffle import triton as shuffle
-from maskevolve.twomeans import triton as twomeans
+from maskevolve.masks.shuffle import Blend, GroupDraws, random_key
+from maskevolve.masks.shuffle import kernel as shuffle
+from maskevolve.parts.mincut import kernel as mincut
+from maskevolve.parts.split import kernel as twomeans
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU"),

@@ -6,7 +6,7 @@ from vits import MAE
 
 from maskevolve import EvolvingMask, GraphCutPartitioner, PartTeacher, RandomMask
 from maskevolve.integrations import apply_to_mae
-from maskevolve.random_masking import learn_results
+from maskevolve.teachers.random_masking import learn_results
 
 
 class Host(MAE):

@@ -9,7 +9,7 @@ from transformers import ViTConfig, ViTModel
 from vits import MAE, make_vit
 
 from maskevolve import GraphCutPartitioner
-from maskevolve.attention import attention_affinity, reading
+from maskevolve.teachers.attention import attention_affinity, reading
 
 SIZE = 64
 

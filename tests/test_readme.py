@@ -24,17 +24,9 @@ from transformers import (
 from vits import MAE
 
 import maskevolve
-from maskevolve import (
-    EvolvingMask,
-    GraphCutPartitioner,
-    GridMask,
-    PartTeacher,
-    attention,
-    functional,
-    integrations,
-    schedule,
-    viz,
-)
+from maskevolve import EvolvingMask, GraphCutPartitioner, GridMask, PartTeacher, integrations, schedule, viz
+from maskevolve.masks import functional
+from maskevolve.teachers import attention
 
 HOME = Path(__file__).parents[1]
 PAGES = {str(page.relative_to(HOME)): page for page in [HOME / "README.md", *sorted((HOME / "docs").rglob("*.md"))]}

@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 from vits import MAE, make_vit, photographs
 
 from maskevolve import EMPartitioner, EvolvingMask, FrozenTeacher, GraphCutPartitioner, PartTeacher
-from maskevolve.attention import attention_affinity, token_affinity
 from maskevolve.integrations import apply_to_mae
+from maskevolve.teachers.attention import attention_affinity, token_affinity
 
 
 def make_teacher(model, **options):

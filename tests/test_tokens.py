@@ -10,7 +10,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 from transformers import ViTConfig, ViTModel
 from vits import MAE, VARIANTS, make_vit
 
-from maskevolve.attention import token_affinity
+from maskevolve.teachers.attention import token_affinity
 
 
 def similarity(tokens):

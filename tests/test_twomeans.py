@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from planted import planted_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskevolve import GraphCutPartitioner, partition
-from maskevolve.mincut import triton as mincut_triton
-from maskevolve.twomeans import LLOYD_STEPS, SCALE, whole_images
-from maskevolve.twomeans import triton as kernels
-from maskevolve.twomeans.torch import TorchParts
-from maskevolve.twomeans.triton import TritonParts
+from maskevolve import GraphCutPartitioner
+from maskevolve.parts import graph_cut as partition
+from maskevolve.parts.mincut import kernel as mincut_triton
+from maskevolve.parts.split import LLOYD_STEPS, SCALE, whole_images
+from maskevolve.parts.split import kernel as kernels
+from maskevolve.parts.split.kernel import TritonParts
+from maskevolve.parts.split.plain import TorchParts
 
 
 def random_features(patches, dimensions, seed, batch_size=2):
@@ -160,7 +161,7 @@ def test_a_level_is_a_few_launches(fused, monkeypatch):
         (mincut_triton, "_min_cut_kernel"),
     ]:
         monkeypatch.setattr(module, name, ours)
-    monkeypatch.setattr("maskevolve.mincut._check", lambda *grid: None)  # reads values, on a CPU only
+    monkeypatch.setattr("maskevolve.parts.mincut._check", lambda *grid: None)  # reads values, on a CPU only
     partitioner, affinity, counts = GraphCutPartitioner(solver="triton"), torch.rand(1, 196, 196), {}
     for images in (None, torch.rand(1, 3, 224, 224)):
         for num_parts in (10, 40):

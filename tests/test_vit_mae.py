@@ -20,8 +20,8 @@ from transformers import (
 from vits import MAE, watch_calls
 
 from maskevolve import BlockMask, EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher, RandomMask
-from maskevolve.attention import attention_affinity, attention_modules
 from maskevolve.integrations import apply_to_vit_mae, trainer_callback
+from maskevolve.teachers.attention import attention_affinity, attention_modules
 
 ENCODER = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
 DECODER = {f"decoder_{name}": value for name, value in {**ENCODER, "num_hidden_layers": 1}.items()}

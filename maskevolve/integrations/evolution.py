@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.hooks import RemovableHandle
 
-from ..encoder import check_patches
-from ..fixed import FixedDraws, kept_random_states
-from ..functional import GridSize, MaskedPatches, resolve_grid
-from ..geometry import patch_grid
-from ..masks import Masking
-from ..random_masking import host_method
-from ..teacher import PartTeacher
+from ..grid import GridSize, resolve_grid
+from ..masks.fixed import FixedDraws, kept_random_states
+from ..masks.functional import MaskedPatches
+from ..masks.kinds import Masking
+from ..teachers.encoder import check_patches
+from ..teachers.patch_grid import patch_grid
+from ..teachers.random_masking import host_method
+from ..teachers.teacher import PartTeacher
 from .follow import call_after_steps, is_active, unwrap_optimizer
 from .labels import HOW_TO_GET_A_TEACHER, check_labels, check_teacher, labels_to_grid, takes_argument
 from .watch import Watch

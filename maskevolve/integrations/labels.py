@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..masks import Masking
-from ..segmentation import parts_from_segmentation
+from ..masks.kinds import Masking
+from ..parts.segmentation import parts_from_segmentation
 
 __all__ = ["HOW_TO_GET_A_TEACHER", "check_labels", "check_teacher", "labels_to_grid", "takes_argument"]
 

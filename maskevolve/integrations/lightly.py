@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..masks import Masking
-from ..teacher import PartTeacher, unwrap
+from ..masks.kinds import Masking
+from ..teachers.teacher import PartTeacher, unwrap
 from .evolution import Evolution, Teacher, eager, import_host
 from .views import first_images, images_of
 

@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..masks import Masking
-from ..random_masking import Result, UnknownResultsError, arrange, call_reader, host_method, learn_results
-from ..teacher import unwrap
+from ..masks.kinds import Masking
+from ..teachers.random_masking import Result, UnknownResultsError, arrange, call_reader, host_method, learn_results
+from ..teachers.teacher import unwrap
 from .evolution import Evolution, Teacher, eager
 
 __all__ = ["apply_to_mae"]

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..functional import num_visible
-from ..geometry import patch_grid
-from ..masks import Masking
-from ..teacher import PartTeacher, unwrap
+from ..masks.functional import num_visible
+from ..masks.kinds import Masking
+from ..teachers.patch_grid import patch_grid
+from ..teachers.teacher import PartTeacher, unwrap
 from .evolution import Evolution, Teacher
 
 __all__ = ["apply_to_mim"]

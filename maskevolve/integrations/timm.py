@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..masks import Masking
-from ..teacher import unwrap
+from ..masks.kinds import Masking
+from ..teachers.teacher import unwrap
 from .evolution import Evolution, Teacher, eager
 from .naflex import NaFlexBatch, drop_patches
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from ..geometry import patch_grid
+from ..teachers.patch_grid import patch_grid
 
 __all__ = ["first_images", "images_of"]
 

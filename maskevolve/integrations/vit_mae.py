@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..masks import Masking
-from ..teacher import PartTeacher, unwrap
+from ..masks.kinds import Masking
+from ..teachers.teacher import PartTeacher, unwrap
 from .evolution import Evolution, Teacher, import_host
 
 __all__ = ["apply_to_vit_mae", "trainer_callback"]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_grid, check_tensor, is_number
+from ..checks import check_tensor, is_number
 from .shuffle import Blend, GroupDraws, Scores, compute_scores, random_key, shuffle, take
 
 __all__ = [
@@ -28,10 +28,7 @@ __all__ = [
     "num_visible",
     "part_draws",
     "random_scores",
-    "resolve_grid",
 ]
-
-GridSize = int | tuple[int, int]
 
 
 class MaskedPatches(NamedTuple):
@@ -43,47 +40,6 @@ class MaskedPatches(NamedTuple):
     """[B, N] float32: 0 keep, 1 remove."""
     ids_restore: Tensor
     """[B, N] int64: the inverse of the shuffle; ``ids_restore < N_keep`` are the patches that stay."""
-
-
-def resolve_grid(
-    num_patches: int, grid_size: GridSize | None, image_size: tuple[int, int] | None = None
-) -> tuple[int, int]:
-    """The grid (H, W) that holds `num_patches`; where `grid_size` is None, that of square patches, or a square one.
-
-    Args:
-        num_patches: number of patches N of one image.
-        grid_size: None, the side of a square grid, or (H, W), in patches.
-        image_size: (height, width) of the images, in pixels, where they are known.
-
-    Returns:
-        (H, W) with H * W == num_patches.
-
-    Raises:
-        ValueError: where no such grid exists.
-
-    Examples:
-        >>> resolve_grid(196, None), resolve_grid(12, (3, 4)), resolve_grid(256, None, image_size=(128, 512))
-        ((14, 14), (3, 4), (8, 32))
-    """
-    if grid_size is None and image_size is not None:
-        side = math.isqrt(image_size[0] * image_size[1] // max(num_patches, 1))
-        if side and (image_size[0] // side) * (image_size[1] // side) == num_patches:
-            return image_size[0] // side, image_size[1] // side
-    if grid_size is None:
-        side = math.isqrt(num_patches)
-        if side * side != num_patches:
-            token = " (or leave out the class token)" if math.isqrt(num_patches - 1) ** 2 == num_patches - 1 else ""
-            raise ValueError(
-                f"N={num_patches} patches form no square grid{token}: pass grid_size=(H, W) with H * W = {num_patches}"
-                ", to a mask when you make it (or give it x as [B, H, W, D]), to anything else when you call it"
-            )
-        return side, side
-    height, width = check_grid(grid_size)
-    if height * width != num_patches:
-        raise ValueError(
-            f"grid_size={grid_size!r} has {height} x {width} = {height * width} patches, but there are N={num_patches}"
-        )
-    return height, width
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:

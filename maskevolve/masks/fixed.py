@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import MaskedPatches
-from .masks import Masking
+from .kinds import Masking
 
 __all__ = ["FixedDraws", "fixed_masks"]
 

@@ -19,7 +19,7 @@ from torch.nn.functional import multi_head_attention_forward, scaled_dot_product
 from torch.overrides import TorchFunctionMode
 
 from .encoder import all_patches, encode, encoder_of, has_attribute, has_decoder, try_picture, untouched
-from .geometry import PatchWatch, patch_grid
+from .patch_grid import PatchWatch, patch_grid
 
 __all__ = ["attention_affinity", "attention_modules", "check_affinity", "reading", "token_affinity"]
 

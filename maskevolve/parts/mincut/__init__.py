@@ -8,7 +8,7 @@ from importlib.util import find_spec
 # Not `import torch`: in this package that name is the solver beside this file.
 from torch import Tensor, arange, device, equal, int32
 
-from .. import fused
+from .. import kernels as fused
 
 __all__ = ["OFFSETS", "SOLVERS", "grid_min_cut"]
 
@@ -69,16 +69,16 @@ def _solver(name: str, on: device) -> Callable[[Tensor, Tensor, Tensor], Tensor]
     if name == "pymaxflow":
         from .pymaxflow import min_cut
     elif name == "triton":
-        from .triton import min_cut
+        from .kernel import min_cut
     else:
-        from .torch import min_cut
+        from .plain import min_cut
     return min_cut
 
 
 def _agrees(on: device) -> bool:
     """Whether the kernel cuts two small grids as plain torch does."""
-    from .torch import min_cut
-    from .triton import min_cut as by_kernel
+    from .kernel import min_cut as by_kernel
+    from .plain import min_cut
 
     draws = (arange(2 * 10 * 3 * 4, device="cpu") * 7919 % 101).int().view(2, 10, 3, 4)
     grids = [(draws[:, 0] - 50).clamp(min=0), (50 - draws[:, 1]).clamp(min=0), draws[:, 2:] // 4]

@@ -10,7 +10,7 @@ import os
 import torch
 from torch import Tensor
 
-from .torch import min_cut as torch_min_cut
+from .plain import min_cut as torch_min_cut
 
 try:
     import triton

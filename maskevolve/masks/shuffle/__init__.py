@@ -11,7 +11,7 @@ from torch import Generator, Tensor, arange, device, equal, float32, randint, te
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from .. import fused
+from ...parts import kernels as fused
 
 __all__ = [
     "Blend",
@@ -153,9 +153,9 @@ def shuffle(scores: Scores, tie_key: Tensor, num_patches: int, keep: int) -> tup
         ids_keep [B, N_keep] int64, ids_restore [B, N] int64, mask [B, N] float32.
     """
     if num_patches <= MOST_PATCHES and sorts(tie_key.device):
-        from .triton import shuffle as run
+        from .kernel import shuffle as run
     else:
-        from .torch import shuffle as run
+        from .plain import shuffle as run
     return run(_prepare(scores), tie_key, num_patches, keep)
 
 
@@ -180,9 +180,9 @@ class _Take(Function):
     def forward(ctx: Any, x: Tensor, ids: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(ids, inverse)
         if takes(x.device):
-            from .triton import take as run
+            from .kernel import take as run
         else:
-            from .torch import take as run
+            from .plain import take as run
         return run(x, ids, inverse)
 
     @staticmethod
@@ -203,8 +203,8 @@ def takes(on: device) -> bool:
 
 def _sorts_alike(on: device) -> bool:
     """Whether the kernel orders a few patches as plain torch does."""
-    from .torch import shuffle
-    from .triton import shuffle as by_kernel
+    from .kernel import shuffle as by_kernel
+    from .plain import shuffle
 
     def order(way: Callable[..., tuple[Tensor, ...]], on: device) -> tuple[Tensor, ...]:
         keys, patches = arange(2, device=on), arange(100, device=on).view(2, 50)
@@ -217,8 +217,8 @@ def _sorts_alike(on: device) -> bool:
 
 def _takes_alike(on: device) -> bool:
     """Whether the kernel copies a few patches there and back as plain torch does."""
-    from .torch import take
-    from .triton import take as by_kernel
+    from .kernel import take as by_kernel
+    from .plain import take
 
     ids = tensor([[3, 0, 2, 1, 4], [1, 4, 0, 3, 2]], device="cpu")
     some, inverse, x = ids[:, :3], ids.argsort(1), arange(30, dtype=float32, device="cpu").view(2, 5, 3)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .mincut import OFFSETS
-from .twomeans import LIMIT, SCALE, wide_dtype
+from .split import LIMIT, SCALE, wide_dtype
 
 __all__ = ["affinity_edges", "contrast_edges", "neighbours_at", "or_one", "patch_sums"]
 

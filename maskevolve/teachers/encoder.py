@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..masks.functional import MaskedPatches
 from .average import is_sharded
-from .functional import MaskedPatches
-from .geometry import PatchWatch, image_size, patch_embedding, patch_grid, tiny_pictures
+from .patch_grid import PatchWatch, image_size, patch_embedding, patch_grid, tiny_pictures
 from .random_masking import Result, arrange, host_method, learn_results
 
 __all__ = [

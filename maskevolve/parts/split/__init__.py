@@ -10,7 +10,7 @@ from typing import Protocol
 # Not `import torch`: in this package that name is the file beside this one.
 from torch import Tensor, arange, device, dtype, equal, float32, float64, get_float32_matmul_precision
 
-from .. import fused
+from .. import kernels as fused
 
 __all__ = ["Parts", "exact_dtype", "whole_images", "wide_dtype"]
 
@@ -59,18 +59,18 @@ def whole_images(gram: Tensor) -> Parts:
             most 2 ** 24. May be overwritten.
     """
     if gram.shape[1] <= MOST_PATCHES and fused.works("two means", gram.device, _agrees):
-        from .triton import TritonParts
+        from .kernel import TritonParts
 
         return TritonParts(gram)
-    from .torch import TorchParts
+    from .plain import TorchParts
 
     return TorchParts(gram.to(exact_dtype()))
 
 
 def _agrees(on: device) -> bool:
     """Whether the kernels make a small tree as plain torch does."""
-    from .torch import TorchParts
-    from .triton import TritonParts
+    from .kernel import TritonParts
+    from .plain import TorchParts
 
     features = (arange(2 * 40 * 3, device="cpu") * 7919 % 19 - 9).view(2, 40, 3)
     gram = (features @ features.mT).to(float32)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_range, check_whole
+from ..grid import GridSize, check_grid, resolve_grid
+from ..precision import keep_dtype
+from ..schedule import Schedule, alpha_at, clamp_epoch, warn_outside
 from . import functional as F
-from .checks import check_grid, check_range, check_whole
-from .functional import GridSize, MaskedPatches, Scores
-from .precision import keep_dtype
-from .schedule import Schedule, alpha_at, clamp_epoch, warn_outside
+from .functional import MaskedPatches, Scores
 
 __all__ = ["BlockMask", "EvolvingMask", "GridMask", "Masking", "PartMask", "RandomMask"]
 
@@ -172,11 +173,11 @@ class Masking(nn.Module):
 
     def _flatten(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         if x.ndim == 3:
-            return x, F.resolve_grid(x.shape[1], self.grid_size)
+            return x, resolve_grid(x.shape[1], self.grid_size)
         if x.ndim != 4:
             raise ValueError(f"x has shape {list(x.shape)}, but must be [B, N, D] or [B, H, W, D]")
         height, width = x.shape[1:3]
-        if self.grid_size is not None and (height, width) != F.resolve_grid(height * width, self.grid_size):
+        if self.grid_size is not None and (height, width) != resolve_grid(height * width, self.grid_size):
             raise ValueError(f"x of shape {list(x.shape)} has a {height} x {width} grid, not {self.grid_size!r}")
         return x.flatten(1, 2), (height, width)
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import check_number, check_tensor, check_whole
+from ..checks import check_number, check_tensor, check_whole
+from ..grid import GridSize, resolve_grid
 from .edges import affinity_edges, contrast_edges, neighbours_at, or_one, patch_sums
-from .functional import GridSize, resolve_grid
 from .mincut import SOLVERS, grid_min_cut
-from .twomeans import exact_dtype, whole_images, wide_dtype
+from .split import exact_dtype, whole_images, wide_dtype
 
 __all__ = ["EMPartitioner", "GraphCutPartitioner", "PartHierarchy"]
 

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 
+from ..checks import check_number, check_tensor, is_whole
+from ..grid import GridSize
+from ..parts.graph_cut import PartHierarchy
+from ..parts.segmentation import parts_from_segmentation
+from ..precision import keep_dtype
+from ..schedule import Schedule, clamp_epoch, num_parts_at, num_parts_by, warn_outside
 from .attention import attention_affinity, check_affinity, token_affinity
 from .average import move_average, refuse_sharded, tensors_of, unwrap
-from .checks import check_number, check_tensor, is_whole
-from .functional import GridSize
-from .geometry import patch_grid, whole_patches
-from .partition import PartHierarchy
-from .precision import keep_dtype
-from .schedule import Schedule, clamp_epoch, num_parts_at, num_parts_by, warn_outside
-from .segmentation import parts_from_segmentation
+from .patch_grid import patch_grid, whole_patches
 
 __all__ = ["FrozenTeacher", "PartTeacher", "unwrap"]
 

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import Blend, GroupDraws, Scores, sorts, takes
-from . import torch as plain
+from . import Blend, GroupDraws, Scores, plain, sorts, takes
 
 GAMMA = tl.constexpr(0x9E3779B1)
 FIRST = tl.constexpr(-0x40A7B892E31B1A47)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .checks import check_grid, is_whole
-from .functional import GridSize
+from ..checks import is_whole
+from ..grid import GridSize, check_grid
 
 __all__ = ["parts_from_segmentation"]
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .functional import MaskedPatches
+from ..masks.functional import MaskedPatches
 
 __all__ = ["Result", "UnknownResultsError", "arrange", "call_reader", "host_method", "learn_results"]
 
