@@ -27,20 +27,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import MockTensor
 
-from maskevolve.masks.shuffle import Blend, GroupDraws
-from maskevolve.masks.shuffle import kernel as shuffle
 from maskevolve.parts.mincut import kernel as mincut
-from maskevolve.parts.split import kernel as twomeans
+from maskevolve.parts.split import kernel as split
 
 # CUDA C++ Programming Guide, technical specifications by compute capability.
 SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that one program can have
 REGISTERS, REGISTERS_OF_A_THREAD = 65536, 255
 KERNELS = [
     (mincut, "_min_cut_kernel"),
-    (shuffle, "_shuffle_kernel"),
-    (shuffle, "_take_kernel"),
-    (twomeans, "_terminals_kernel"),
-    (twomeans, "_split_kernel"),
+    (split, "_terminals_kernel"),
+    (split, "_split_kernel"),
 ]
 Case = tuple[str, Callable[[], Any]]
 
@@ -122,22 +118,9 @@ def cut(height: int, width: int, rounds: int = mincut.ROUNDS) -> Case:
     return f"{height} x {width}, {rounds} rounds", lambda: mincut.min_cut(grid, grid, edges, rounds=rounds)
 
 
-def sort(patches: int, kind: str) -> Case:
-    key, values = empty(2, dtype=torch.int64), empty(2, patches)
-    draws = GroupDraws(key, empty(2, patches, dtype=torch.int64))
-    scores = {"scores": values, "groups": draws, "blend": Blend(draws, draws, empty())}
-    scores |= {"blend of scores": Blend(draws, values, empty())}
-    return f"{kind}, {patches} patches", lambda: shuffle.shuffle(scores[kind], key, patches, (patches + 3) // 4)
-
-
-def take(width: int, dtype: torch.dtype) -> Case:
-    x, ids = empty(2, 196, width, dtype=dtype), empty(2, 49, dtype=torch.int64)
-    return f"{dtype}, width {width}", lambda: shuffle.take(x, ids, ids)
-
-
 def tree(patches: int, level: int) -> Case:
     def launch() -> None:
-        parts = twomeans.TritonParts(empty(2, patches, patches))
+        parts = split.TritonParts(empty(2, patches, patches))
         parts.level = level
         parts.terminals()
         parts.split(empty(2, patches, dtype=torch.bool))
@@ -148,9 +131,6 @@ def tree(patches: int, level: int) -> Case:
 def all_cases() -> Iterator[Case]:
     yield from (cut(*grid) for grid in [(14, 14), (16, 16), (32, 32)])
     yield cut(14, 14, rounds=1)
-    yield from (sort(196, kind) for kind in ("scores", "groups", "blend of scores"))
-    yield sort(784, "blend of scores")
-    yield from (take(768, dtype) for dtype in (torch.bfloat16, torch.float32))
     yield from (tree(196, level) for level in (0, 3))
     yield tree(4096, level=0)
 

@@ -50,7 +50,7 @@ from torchvision.transforms.v2.functional import normalize as standardise
 from tqdm import tqdm
 
 from maskevolve import EMPartitioner, GraphCutPartitioner
-from maskevolve.teachers.attention import attention_affinity, token_affinity
+from maskevolve.teachers import attention_affinity, token_affinity
 from maskevolve.viz import part_picture
 
 NUM_PARTS = 10

@@ -31,7 +31,7 @@ def round_trip(affinity: Tensor, num_parts: int) -> Tensor:
 
 
 def partitioners(affinity: Tensor, num_parts: int) -> dict[str, Callable[[], Any]]:
-    solvers = ("pymaxflow", "torch") + (("triton",) if affinity.is_cuda else ())
+    solvers = ("pymaxflow", "scipy", "torch") + (("triton",) if affinity.is_cuda else ())
     cuts = {solver: GraphCutPartitioner(num_parts, solver=solver) for solver in solvers}
     em = EMPartitioner(num_parts)
     return {

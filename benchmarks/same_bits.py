@@ -54,7 +54,7 @@ def random_grids(kind: str, draws: torch.Generator) -> tuple[Tensor, Tensor, Ten
 def main() -> None:
     args = common.parse_args(__doc__)
     draws = torch.Generator().manual_seed(0)
-    compared, different = {"torch": 0, "triton": 0}, {"torch": 0, "triton": 0}
+    compared, different = (dict.fromkeys(("scipy", "torch", "triton"), 0) for _ in range(2))
     for index in tqdm(range(BATCHES)):
         grids = random_grids(KINDS[index % len(KINDS)], draws)
         expected = grid_min_cut(*grids, solver="pymaxflow")

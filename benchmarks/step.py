@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from maskevolve import EMPartitioner, EvolvingMask, GraphCutPartitioner, PartTeacher, RandomMask
 from maskevolve.masks import Masking
-from maskevolve.teachers.attention import attention_affinity, attention_modules, token_affinity
+from maskevolve.teachers import attention_affinity, token_affinity
+from maskevolve.teachers.trial import attention_modules
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from mae import MaskedAutoencoder

@@ -29,7 +29,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm, trange
 
 from maskevolve import EMPartitioner, GraphCutPartitioner, PartTeacher, RandomMask
-from maskevolve.teachers.attention import attention_affinity, token_affinity
+from maskevolve.teachers import attention_affinity, token_affinity
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from mae import MaskedAutoencoder

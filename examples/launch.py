@@ -1,4 +1,4 @@
-"""What the launchers share: options, masks with their teacher, random states, and somebody else's script to run."""
+"""What the launchers share: options, masks with their teacher, random states, and how the script of another is run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from maskevolve.integrations import Evolution
 
 
 class CPUDataParallel(parallel.DistributedDataParallel):
-    """Without the GPU that scripts name to it."""
+    """DistributedDataParallel on a CPU: the GPU that scripts pass as `device_ids` is ignored."""
 
     def __init__(self, module: nn.Module, device_ids: Any = None, **kwargs: Any) -> None:
         super().__init__(module, **kwargs)
@@ -88,7 +88,7 @@ def report(evolution: Evolution, epoch: float) -> None:
 
 
 def random_states() -> list[dict[str, Any]]:
-    """Of torch, numpy and Python on every rank, so that a resumed run draws what it would have drawn."""
+    """The random states of torch, numpy and Python on every rank, so that a resumed run draws the same."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002 - the state that scripts draw from
     state = {
         "torch": torch.get_rng_state(),
@@ -104,7 +104,7 @@ def random_states() -> list[dict[str, Any]]:
 
 
 def set_random_states(states: list[dict[str, Any]]) -> None:
-    """Take up the state of this rank, unless the run goes on with another number of ranks."""
+    """Restore the random states of this rank, unless the run is resumed with another number of ranks."""
     if len(states) != (dist.get_world_size() if dist.is_initialized() else 1):
         return
     state = states[dist.get_rank() if dist.is_initialized() else 0]
@@ -117,7 +117,7 @@ def set_random_states(states: list[dict[str, Any]]) -> None:
 
 @contextmanager
 def saving_with(extra: dict[str, Any]) -> Iterator[None]:
-    """Add to each checkpoint that is saved in the context, under the key "maskevolve"."""
+    """Within the context, every checkpoint that is saved also holds `extra`, under the key "maskevolve"."""
     save = torch.save
     with patch("torch.save", lambda state, *args, **kwargs: save({**state, "maskevolve": extra}, *args, **kwargs)):
         yield
@@ -125,7 +125,7 @@ def saving_with(extra: dict[str, Any]) -> Iterator[None]:
 
 def saved_extra(path: str) -> dict[str, Any] | None:
     """What `saving_with` added to a checkpoint."""
-    torch.serialization.add_safe_globals([argparse.Namespace])  # again: timm takes it away after use
+    torch.serialization.add_safe_globals([argparse.Namespace])  # again: timm removes it after each load
     extra: dict[str, Any] | None = torch.load(path, map_location="cpu", weights_only=True).get("maskevolve")
     if extra is None:
         print(f"{path} was saved without evolving masks: the teacher starts as a copy of the model in it")
@@ -133,7 +133,7 @@ def saved_extra(path: str) -> dict[str, Any] | None:
 
 
 def run(script: Path, argv: list[str]) -> None:
-    """Run a script as Python would, but for its asserts: MAE's refuse every timm but one of 2020."""
+    """Run a script as Python would, without its asserts: MAE's script asserts a version of timm of 2020."""
     module = ModuleType("__main__")
     module.__file__ = str(script)
     code = compile(script.read_text(), str(script), "exec", optimize=1)

@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from lightly.models import utils
 from lightly.models.modules import MaskedVisionTransformerDecoderTIMM, MaskedVisionTransformerTIMM
-from photos import PhotoCrops, find_photos
+from photos import PhotoCrops, find_photos, parse
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--patch-size", type=int, default=8, help="pixels")
     add("--out", type=Path, default=Path("runs/lightly_mae"), help="where to write (default: runs/lightly_mae)")
     add("--resume", type=Path, help="checkpoint to go on from, as in runs/lightly_mae/last.ckpt")
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 def collate(images: list[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from mae import MaskedAutoencoder, patchify, unpatchify
 from matplotlib.figure import Figure
-from photos import find_photos, read_photo
+from photos import find_photos, parse, read_photo
 from PIL import Image
 from pretrain import MEAN, STD, normalize
 from skimage.segmentation import felzenszwalb
@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("runs/own_parts"), help="where to write (default: runs/own_parts)")
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 def find_labels(photos: list[Path], data: Path | None, folder: Path) -> list[Path]:
@@ -99,7 +99,7 @@ def read_labels(path: Path, size: tuple[int, int]) -> tv_tensors.Mask:
 
 
 def draw_crops(images: Tensor, parts: Tensor, mask: Tensor, prediction: Tensor, patch_size: int) -> Figure:
-    """Crops, their parts, what the mask leaves of them, and what the decoder makes of that: a column each."""
+    """A column for each crop: the crop, its parts, its visible patches, and the reconstruction."""
     patches = torch.where(mask[..., None] > 0, prediction, patchify(normalize(images), patch_size))
     painted = (unpatchify(patches, patch_size) * torch.tensor(STD) + torch.tensor(MEAN)).clamp(0, 1)
     figure = Figure(figsize=(1.6 * len(images), 6.8), layout="constrained")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import warnings
 from functools import lru_cache
 from importlib.util import find_spec
@@ -29,6 +30,16 @@ LONGEST_SIDE = 640  # pixels; larger photographs are shrunk when they are read
 CROPS_PER_EPOCH = 256  # at least: a few photographs are cropped many times
 
 ImageFile.LOAD_TRUNCATED_IMAGES = True  # half a photograph is no reason to end a run
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The options; an --image-size that is no multiple of --patch-size is refused."""
+    args = parser.parse_args(argv)
+    size, patch = args.image_size, args.patch_size
+    if size % patch:
+        near = sorted({max(1, size // patch) * patch, (size // patch + 1) * patch})
+        parser.error(f"--image-size {size} is no multiple of --patch-size {patch}: take {' or '.join(map(str, near))}")
+    return args
 
 
 def find_photos(folder: Path | None) -> list[Path]:

@@ -17,7 +17,7 @@ import torch
 from mae import MaskedAutoencoder, patchify, unpatchify
 from matplotlib.figure import Figure
 from named_masks import MASKS
-from photos import PhotoCrops, centre, find_photos
+from photos import PhotoCrops, centre, find_photos, parse
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
@@ -28,11 +28,10 @@ from maskevolve import EvolvingMask, GraphCutPartitioner, PartTeacher
 from maskevolve.viz import evolution_figure, mask_picture, part_picture
 
 MEAN, STD = [[[0.485]], [[0.456]], [[0.406]]], [[[0.229]], [[0.224]], [[0.225]]]  # of ImageNet, as in MAE
-SNAPSHOTS = 4  # points of training in evolution.png and method.png
+SNAPSHOTS = 4  # epochs in evolution.png and method.png, at most
 SHOWN = (2, 0, 1, 3)  # photographs in the pictures, by their place in the folder
 EVOLVING = 2  # how many of them are in evolution.png and method.png
 SHARP = 192  # pixels of a photograph there, at least: the model sees it at --image-size
-DRAW = 4900  # of the masks in the pictures: with the default seed, first whole grids, at the end whole parts
 FREE_TO_CHANGE = {"resume", "out", "device", "workers", "data"}  # between a run and its resumption
 
 
@@ -56,15 +55,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--depth", type=int, default=6, help="blocks of the encoder")
     add("--heads", type=int, default=4)
     add("--workers", type=int, default=0, help="processes that read images")
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 class Run:
-    """All that a run changes, so that one checkpoint holds it."""
+    """The state of a run, all of which is in its checkpoint."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, shown: Tensor) -> None:
         seed_everything(args.seed, 0)
-        self.args, self.epoch = args, 0
+        self.args, self.epoch, self.shown = args, 0, shown  # epochs are counted from 0
         masking = MASKS[args.mask](args.epochs)
         model = MaskedAutoencoder(masking, args.image_size, args.patch_size, args.width, args.depth, args.heads)
         self.model = model.to(args.device)
@@ -92,7 +91,7 @@ class Run:
         schedule = CosineLRScheduler(
             self.optimizer, self.args.epochs * steps, warmup_t=self.args.epochs * steps // 10, t_in_epochs=False
         )
-        seed_everything(self.args.seed, 1 + self.epoch)  # each epoch for itself, so that a resumed run draws the same
+        seed_everything(self.args.seed, 1 + self.epoch)  # a seed for each epoch, so that a resumed run draws the same
         for step, images in enumerate(loader):
             self.set_epoch(self.epoch + step / steps)
             schedule.step_update(self.epoch * steps + step)
@@ -106,6 +105,8 @@ class Run:
         row = {"epoch": self.epoch, "loss": float(torch.stack(losses).mean()), "num_parts": self.teacher.num_parts}
         row |= {"alpha": self.alpha, "lr": self.optimizer.param_groups[0]["lr"]}
         self.metrics.append(row)
+        if self.epoch in {round(point * (self.args.epochs - 1) / (SNAPSHOTS - 1)) for point in range(SNAPSHOTS)}:
+            self.take_snapshot()
         self.epoch += 1
         bar.set_postfix(loss=f"{row['loss']:.3f}", alpha=row["alpha"])
 
@@ -115,14 +116,13 @@ class Run:
         return round(float(masking.alpha), 4) if isinstance(masking, EvolvingMask) else None
 
     @torch.no_grad()
-    def take_snapshot(self, shown: Tensor) -> None:
-        """Parts and masks of the shown photographs, by the model as it is now."""
-        seed_everything(self.args.seed, DRAW)
+    def take_snapshot(self) -> None:
+        """Parts of the shown photographs, and the first masks that the seed draws, by the model after this epoch."""
+        seed_everything(self.args.seed, 0)
         self.set_epoch(self.epoch)
-        _, prediction, mask, parts = self.forward(normalize(shown.to(self.args.device)))
-        number = min(self.epoch + 1, self.args.epochs)  # counted from 1; after the last one, its masks stay
-        title = f"epoch {number}" + ("" if self.alpha is None else f"\nalpha {self.alpha:.2f}")
-        snapshot = {"epoch": number, "title": title, "mask": mask, "parts": parts, "prediction": prediction.float()}
+        _, prediction, mask, parts = self.forward(normalize(self.shown.to(self.args.device)))
+        title = f"epoch {self.epoch}" + ("" if self.alpha is None else f"\nalpha {self.alpha:.2f}")
+        snapshot = {"epoch": self.epoch, "title": title, "mask": mask, "parts": parts, "prediction": prediction.float()}
         self.snapshots.append(
             {name: value.cpu() if torch.is_tensor(value) else value for name, value in snapshot.items()}
         )
@@ -153,12 +153,12 @@ def seed_everything(seed: int, stream: int) -> None:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Pixels in [0, 1] to about mean 0 and deviation 1."""
+    """Pixels in [0, 1] to about mean 0 and standard deviation 1."""
     return (images - images.new_tensor(MEAN)) / images.new_tensor(STD)
 
 
 def photographs(paths: list[Path], size: int) -> Tensor:
-    """Those that the pictures show, [4, 3, size, size] floats in [0, 1]."""
+    """The photographs in the pictures, [4, 3, size, size] floats in [0, 1]."""
     return torch.stack([centre(paths[place % len(paths)], size) for place in SHOWN])
 
 
@@ -176,7 +176,7 @@ def draw_loss(metrics: list[dict[str, Any]]) -> Figure:
 
 
 def draw_reconstruction(shown: Tensor, snapshot: dict[str, Any], patch_size: int) -> Figure:
-    """Each photograph, what the encoder saw of it, and what the decoder made of that."""
+    """Each photograph, its visible patches, and the reconstruction."""
     removed = snapshot["mask"][..., None]
     patches = patchify(normalize(shown), patch_size) * (1 - removed) + snapshot["prediction"] * removed
     painted = unpatchify(patches, patch_size) * torch.tensor(STD) + torch.tensor(MEAN)
@@ -193,10 +193,8 @@ def draw_reconstruction(shown: Tensor, snapshot: dict[str, Any], patch_size: int
     return figure
 
 
-def draw_method(photos: Tensor, snapshots: list[dict[str, Any]], epochs: int) -> Figure:
-    """A row for each photograph: its parts in the end, and what the masks leave of it at each point of training."""
-    titles = [f"epoch {snapshot['epoch']}\n" for snapshot in snapshots]
-    titles[0], titles[-1] = f"epoch 1 of {epochs}:\na grid", f"epoch {epochs}:\nparts"
+def draw_method(photos: Tensor, snapshots: list[dict[str, Any]]) -> Figure:
+    """A row for each photograph: its parts in the last epoch, and its visible patches in each of the epochs shown."""
     figure = Figure(figsize=(1.6 * (2 + len(snapshots)), 0.5 + 1.6 * len(photos)), layout="constrained")
     axes = figure.subplots(len(photos), 2 + len(snapshots), squeeze=False)
     for row, photo in enumerate(photos):
@@ -205,26 +203,26 @@ def draw_method(photos: Tensor, snapshots: list[dict[str, Any]], epochs: int) ->
         for ax, picture in zip(axes[row], pictures, strict=True):
             ax.imshow(picture)
             ax.set_axis_off()
-    for ax, title in zip(axes[0], ("photograph\n", "its parts\n", *titles), strict=True):
+    for ax, title in zip(
+        axes[0], ("photograph\n", "its parts\n", *(snapshot["title"] for snapshot in snapshots)), strict=True
+    ):
         ax.set_title(title, fontsize=13)
     return figure
 
 
 def write_results(run: Run, paths: list[Path], out: Path) -> None:
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.metrics))
-    if len(run.snapshots) < SNAPSHOTS:
+    if run.epoch < run.args.epochs:
         return
     sharp = photographs(paths, max(SHARP, run.args.image_size))[:EVOLVING]
     masks, parts, titles = ([snapshot[key] for snapshot in run.snapshots] for key in ("mask", "parts", "title"))
     figures = {
         "evolution": evolution_figure(sharp, masks, parts, titles),
         "loss": draw_loss(run.metrics),
-        "reconstruction": draw_reconstruction(
-            photographs(paths, run.args.image_size), run.snapshots[-1], run.args.patch_size
-        ),
+        "reconstruction": draw_reconstruction(run.shown, run.snapshots[-1], run.args.patch_size),
     }
     if run.args.mask == "evolving":
-        figures["method"] = draw_method(sharp, run.snapshots, run.args.epochs)
+        figures["method"] = draw_method(sharp, run.snapshots)
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png", dpi=120)
 
@@ -238,18 +236,14 @@ def main(argv: list[str] | None = None) -> None:
     paths = find_photos(args.data)
     crops = PhotoCrops(paths, args.image_size)
     loader = DataLoader(crops, args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers)
-    run = Run(args)
+    run = Run(args, photographs(paths, args.image_size))
     if args.resume and checkpoint.exists():
         run.load(checkpoint)
     with tqdm(total=args.epochs * len(loader), initial=run.epoch * len(loader), unit="step") as bar:
-        while True:
-            while len(run.snapshots) * args.epochs <= run.epoch * (SNAPSHOTS - 1):
-                run.take_snapshot(photographs(paths, args.image_size))
+        while run.epoch < args.epochs:
+            run.train_epoch(loader, bar)
             run.save(checkpoint)
             write_results(run, paths, args.out)
-            if run.epoch == args.epochs:
-                break
-            run.train_epoch(loader, bar)
     print(f"wrote metrics.jsonl, checkpoint.pt and the pictures to {args.out}")
 
 

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from photos import PhotoCrops, find_photos
+from photos import PhotoCrops, find_photos, parse
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, ViTMAEConfig, ViTMAEForPreTraining
 
@@ -31,7 +31,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--patch-size", type=int, default=8, help="pixels")
     add("--out", type=Path, default=Path("runs/vit_mae"), help="where to write (default: runs/vit_mae)")
     add("--resume", action="store_true", help="go on with the run in --out")
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 def collate(images: list[Tensor]) -> dict[str, Tensor]:

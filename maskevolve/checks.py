@@ -1,15 +1,11 @@
 """Checks of what a user sets. The errors repeat the value and say what it must be."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-__all__ = ["check_number", "check_range", "check_tensor", "check_whole", "is_number", "is_whole"]
 
 
 def is_whole(value: Any) -> bool:

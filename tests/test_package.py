@@ -27,12 +27,13 @@ def python(code):
 @pytest.fixture(scope="module")
 def imported():
     """One process imports the package, then its integrations, then cuts, with and without what it may use."""
-    names = ("package", "integrations", "torch solver", "pymaxflow", "no pymaxflow")
+    names = ("package", "integrations", "torch", "auto without PyMaxflow", "pymaxflow", "no pymaxflow")
     code = """if True:
         import json, sys, torch
         before = set(sys.modules)
         def tell(fact): print(json.dumps(fact))
         def loaded(): return sorted(set(sys.modules) - before)
+        def cut(solver): return GraphCutPartitioner(solver=solver)(torch.rand(1, 16, 16)).shape
 
         import maskevolve
         tell(loaded())
@@ -40,22 +41,23 @@ def imported():
         tell(loaded())
 
         from maskevolve import GraphCutPartitioner
-        attention = torch.rand(1, 16, 16)
-        GraphCutPartitioner(solver="torch")(attention)
+        cut("torch")
         tell("maxflow" in sys.modules)
-        GraphCutPartitioner(solver="pymaxflow")(attention)
+        sys.modules["maxflow"] = None
+        tell(cut("auto"))
+        del sys.modules["maxflow"]
+        cut("pymaxflow")
         tell("maxflow" in sys.modules)
-
         sys.modules["maxflow"] = None
         try:
-            GraphCutPartitioner(solver="pymaxflow")(attention)
+            cut("pymaxflow")
         except ImportError as error:
             tell(str(error))"""
     return dict(zip(names, python(code), strict=True))
 
 
 def test_import_needs_none_of_the_optional_packages(imported):
-    assert "maskevolve.masks" in imported["package"]
+    assert {"maskevolve.masks", "maskevolve.parts", "maskevolve.teachers"} <= set(imported["package"])
     roots = {name.split(".")[0] for name in imported["package"]}
     assert not roots & {*HOSTS, "torchvision", "matplotlib", "triton", "maxflow", "scipy"}
 
@@ -71,18 +73,18 @@ def test_import_loads_nothing_that_takes_seconds(imported):
     assert not [name for name in imported["integrations"] if name.startswith(slow)]
 
 
-def test_using_the_torch_solver_never_links_pymaxflow(imported):
-    assert not imported["torch solver"]
+def test_pymaxflow_is_imported_only_where_it_solves(imported):
+    assert not imported["torch"]
     assert imported["pymaxflow"]
 
 
 def test_works_without_pymaxflow_and_says_what_to_install(imported):
+    assert imported["auto without PyMaxflow"] == [1, 16]
     assert "PyMaxflow" in imported["no pymaxflow"]
 
 
-@pytest.fixture(scope="module")
-def bare():
-    """One process in which neither Triton nor any host can be imported: what it is told to install."""
+def test_works_without_triton_and_hosts_and_says_what_to_install():
+    """In one process in which neither Triton nor any host can be imported."""
     code = f"""if True:
         import json, sys, torch, warnings
         sys.modules.update(dict.fromkeys({["triton", *HOSTS]}))
@@ -101,48 +103,45 @@ def bare():
                 call()
             except ImportError as error:
                 print(json.dumps(str(error)))"""
-    return python(code)
+    named = [re.search(r"pip install '?([\w-]+)", message)[1] for message in python(code)]
+    assert named == ["triton", "transformers", "pytorch-lightning", "lightly"]
 
 
-def test_works_without_triton_and_says_what_to_install(bare):
-    assert "pip install triton" in bare[0]
-
-
-def test_a_missing_host_is_named(bare):
-    assert [message.partition(": pip install ")[2] for message in bare[1:]] == [
-        "'transformers[torch]'",
-        "pytorch-lightning",
-        "'lightly[timm]'",
-    ]
+def test_imports_run_one_way():
+    """Masks know no parts, parts know no masks, neither knows teachers, and no one but hosts' files integrations."""
+    rooms = {"masks": {"parts", "teachers", "integrations"}, "parts": {"masks", "teachers", "integrations"}}
+    for room, others in {**rooms, "teachers": {"integrations"}}.items():
+        for path in (ROOT / "maskevolve" / room).rglob("*.py"):
+            named = re.findall(r"^\s*(?:from|import) (?:\.+|maskevolve\.)(\w+)", path.read_text(), re.MULTILINE)
+            assert not others & set(named), path
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
+    """The files of the wheel, their contents by name, and the names in the sdist."""
     out = tmp_path_factory.mktemp("dist")
     subprocess.run([sys.executable, "-m", "build", "--outdir", str(out), str(ROOT)], check=True, capture_output=True)
-    return out
+    assert next(out.glob("*.whl")).stat().st_size < 200_000
+    with zipfile.ZipFile(next(out.glob("*.whl"))) as wheel, tarfile.open(next(out.glob("*.tar.gz"))) as sdist:
+        return {name: wheel.read(name) for name in wheel.namelist()}, {
+            path.split("/", 1)[-1] for path in sdist.getnames()
+        }
 
 
 def test_wheel_and_sdist_hold_every_module_the_type_marker_and_the_licence(built):
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "maskevolve").rglob("*.py")}
-    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
-        names = set(wheel.namelist())
-    assert modules | {"maskevolve/py.typed"} <= names
-    assert any(name.endswith("LICENSE") for name in names)
-    assert not any(name.startswith(("tests", "examples", "benchmarks")) for name in names)
-    with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
-        inside = {name.partition("/")[2] for name in sdist.getnames()}
-    assert modules | {"maskevolve/py.typed", "README.md", "LICENSE", "setup.cfg", "pyproject.toml"} <= inside
-
-
-def test_wheel_is_small(built):
-    assert next(built.glob("*.whl")).stat().st_size < 200_000
+    wheel, sdist = built
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "maskevolve").rglob("*.py")} | {"maskevolve/py.typed"}
+    assert {name for name in wheel if ".dist-info/" not in name} == modules
+    assert any(name.endswith("LICENSE") for name in wheel)
+    assert modules | {"README.md", "LICENSE", "setup.cfg", "pyproject.toml"} <= sdist
 
 
 def test_every_link_of_the_page_on_pypi_is_whole(built):
-    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
-        (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-        page = message_from_bytes(wheel.read(name)).get_payload()
+    (metadata,) = (text for name, text in built[0].items() if name.endswith(".dist-info/METADATA"))
+    message = message_from_bytes(metadata)
+    addresses = dict(line.split(", ") for line in message.get_all("Project-URL"))
+    assert {"Documentation", "Source", "Issues", "Changelog", "Paper"} <= addresses.keys()
+    page = message.get_payload()
     links = re.findall(r'\]\(([^)]+)|(?:src|srcset|href)="([^"]+)', page)
     assert links
     assert all("".join(link).startswith(("https://", "#")) for link in links)
@@ -164,9 +163,7 @@ def test_oldest_versions_that_are_tested_are_the_oldest_that_are_allowed():
 
 
 def test_exports_are_those_of_the_contract():
-    assert set(maskevolve.__all__) == {
-        *("RandomMask", "GridMask", "BlockMask", "PartMask", "EvolvingMask", "MaskedPatches"),
-        *("GraphCutPartitioner", "EMPartitioner", "PartTeacher", "FrozenTeacher", "parts_from_segmentation"),
-        *("Masking", "PartHierarchy"),
-    }
+    masks = {"RandomMask", "GridMask", "BlockMask", "PartMask", "EvolvingMask", "Masking", "MaskedPatches"}
+    parts = {"GraphCutPartitioner", "EMPartitioner", "PartHierarchy", "parts_from_segmentation"}
+    assert set(maskevolve.__all__) == masks | parts | {"PartTeacher", "FrozenTeacher"}
     assert all(hasattr(maskevolve, name) for name in maskevolve.__all__)

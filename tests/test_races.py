@@ -8,14 +8,11 @@ import torch
 import triton
 import triton.language as tl
 from races import Races
-from test_masks import seeded
 from test_mincut import random_grid
-from test_twomeans import gram_of, random_features, random_sides
+from test_split import gram_of, random_features, random_sides
 
-from maskevolve.masks.shuffle import Blend, GroupDraws, random_key
-from maskevolve.masks.shuffle import kernel as shuffle
 from maskevolve.parts.mincut import kernel as mincut
-from maskevolve.parts.split import kernel as twomeans
+from maskevolve.parts.split import kernel as split
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU"),
@@ -28,51 +25,10 @@ def cut(height, width, sparse=0.3):
 
 
 def tree(patches, levels=2):
-    parts = twomeans.TritonParts(gram_of(random_features(patches, 3, seed=patches)))
+    parts = split.TritonParts(gram_of(random_features(patches, 3, seed=patches)))
     for level in range(levels):
         parts.terminals()
         parts.split(random_sides(patches, level))
-
-
-def sort(patches, blend=True):  # interpreted, a sort is slow
-    groups = torch.randint(4, (3, patches), generator=seeded())
-    draws = GroupDraws(random_key(3, None, seeded()), groups)
-    scores = Blend(draws, torch.rand(3, patches), torch.tensor(0.5)) if blend else torch.randn(1, patches)
-    shuffle.shuffle(scores, random_key(3, None, seeded()), patches, (patches + 3) // 4)
-
-
-def take(patches, width):
-    ids = torch.stack([torch.randperm(patches, generator=seeded(i)) for i in range(3)])
-    x = torch.randn(3, patches, width)
-    shuffle.take(shuffle.take(x, ids[:, : patches // 2], ids.argsort(1)), ids.argsort(1), ids)
-
-
-CASES = {
-    "cut 1 x 1": lambda: cut(1, 1),
-    "cut 1 x 9": lambda: cut(1, 9),
-    "cut 6 x 6": lambda: cut(6, 6, sparse=0),
-    "cut 14 x 14": lambda: cut(14, 14, sparse=0.9),
-    "cut 32 x 32": lambda: cut(32, 32, sparse=0.97),
-    "tree of 1": lambda: tree(1),
-    "tree of 20": lambda: tree(20, levels=3),
-    "tree of 49": lambda: tree(49),
-    "tree of 196": lambda: tree(196, levels=1),
-    "sort of 1": lambda: sort(1),
-    "sort of 49": lambda: sort(49),
-    "sort of 49 scores": lambda: sort(49, blend=False),
-    "take of 16 x 1": lambda: take(16, 1),
-    "take of 49 x 5": lambda: take(49, 5),
-    "take of 10 x 1030": lambda: take(10, 1030),
-}
-
-
-@pytest.mark.parametrize("run", CASES.values(), ids=CASES.keys())
-def test_no_kernel_has_a_race(run):
-    with Races() as races:
-        run()
-    assert races.programs > 1
-    assert races.stores > 0
-    assert not races.found
 
 
 def barriers_of(module):
@@ -80,27 +36,25 @@ def barriers_of(module):
     return [(module.__file__, max(first, 1) + i) for i, line in enumerate(lines) if "tl.debug_barrier()" in line]
 
 
-BARRIERS = {mincut: lambda: cut(2, 3), twomeans: lambda: tree(49, levels=1)}
+CUTS = [(cut, (1, 1)), (cut, (1, 9)), (cut, (6, 6, 0)), (cut, (14, 14, 0.9)), (cut, (32, 32, 0.97))]
+TREES = [(tree, (1,)), (tree, (20, 3)), (tree, (49,)), (tree, (196, 1))]
+BARRIERS = {mincut: lambda: cut(2, 3), split: lambda: tree(49, levels=1)}
+EACH = [(module, barrier) for module in BARRIERS for barrier in barriers_of(module)]
 
 
-@pytest.mark.parametrize(("module", "run"), BARRIERS.items(), ids=["mincut", "twomeans"])
-def test_every_barrier_is_watched(module, run):
+@pytest.mark.parametrize(("run", "size"), [*CUTS, *TREES])
+def test_no_kernel_has_a_race(run, size):
     with Races() as races:
-        run()
+        run(*size)
+    assert (races.programs > 1, races.stores > 0, races.found) == (True, True, set())
+
+
+@pytest.mark.parametrize(("module", "barrier"), EACH)
+def test_every_barrier_is_watched_and_a_race_where_it_is_taken_out(module, barrier):
+    with Races(without={barrier}) as races:
+        BARRIERS[module]()
     assert races.barriers == set(barriers_of(module))
-
-
-@pytest.mark.parametrize(
-    ("barrier", "run"), [(barrier, run) for module, run in BARRIERS.items() for barrier in barriers_of(module)]
-)
-def test_a_barrier_that_is_taken_out_is_a_race(barrier, run):
-    with Races(without=frozenset([barrier])) as races:
-        run()
-    assert barrier in races.barriers
     assert any(race.startswith("threads") for race in races.found)
-
-
-# What the detector must tell apart, on kernels of four lines.
 
 
 @triton.jit
@@ -121,11 +75,6 @@ def loads_what_another_stores(out):
 
 
 @triton.jit
-def two_store_in_one_place(out):
-    tl.store(out + tl.program_id(0) * 16 + tl.arange(0, 16) // 2, 1)
-
-
-@triton.jit
 def another_shape(out):
     place = out + tl.program_id(0) * 16 + tl.arange(0, 16)
     tl.store(place, 1)
@@ -139,26 +88,14 @@ def all_load_what_one_stores(out):
     tl.load(out)
 
 
-@triton.jit
-def stores_what_another_has_loaded(out):
-    place = out + tl.program_id(0) * 16 + tl.arange(0, 16)
-    tl.load(out + tl.program_id(0) * 16 + 15 - tl.arange(0, 16))
-    tl.store(place, 1)
+PROGRAMS, THREADS = [same_places, loads_what_another_stores], [another_shape, all_load_what_one_stores]
 
 
 @pytest.mark.parametrize(
-    ("kernel", "kind"),
-    [
-        (own_places, ""),
-        (same_places, "programs"),
-        (loads_what_another_stores, "programs"),
-        (two_store_in_one_place, "threads"),
-        (another_shape, "threads"),
-        (all_load_what_one_stores, "threads"),
-        (stores_what_another_has_loaded, "threads"),
-    ],
+    ("kernels", "kinds"), [([own_places], set()), (PROGRAMS, {"programs"}), (THREADS, {"threads"})]
 )
-def test_what_is_a_race(kernel, kind):
-    with Races() as races:
-        kernel[(2,)](torch.zeros(48, dtype=torch.int32))
-    assert {race.split(":")[0] for race in races.found} == ({kind} if kind else set())
+def test_what_is_a_race(kernels, kinds):
+    for kernel in kernels:
+        with Races() as races:
+            kernel[(2,)](torch.zeros(48, dtype=torch.int32))
+        assert {race.split(":")[0] for race in races.found} == kinds

@@ -9,7 +9,7 @@ from transformers import ViTConfig, ViTModel
 from vits import MAE, make_vit
 
 from maskevolve import GraphCutPartitioner
-from maskevolve.teachers.attention import attention_affinity, reading
+from maskevolve.teachers import attention_affinity, reading
 
 SIZE = 64
 
@@ -19,14 +19,8 @@ def small_vit(fused=True, **options):
 
 
 def hugging_face(implementation):
-    torch.manual_seed(0)
     shape = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
-    return ViTModel(ViTConfig(image_size=SIZE, **shape, attn_implementation=implementation)).eval()
-
-
-def of_torchvision():
-    torch.manual_seed(0)
-    return torchvision.models.VisionTransformer(SIZE, 16, 2, 3, 48, 96, dropout=0.1, attention_dropout=0.1).eval()
+    return ViTModel(ViTConfig(image_size=SIZE, **shape, attn_implementation=implementation))
 
 
 MODELS = {
@@ -34,7 +28,7 @@ MODELS = {
     "timm, unfused": lambda: small_vit(fused=False),
     "Hugging Face, sdpa": lambda: hugging_face("sdpa"),
     "Hugging Face, eager": lambda: hugging_face("eager"),
-    "torchvision": of_torchvision,
+    "torchvision": lambda: torchvision.models.VisionTransformer(SIZE, 16, 2, 3, 48, 96, 0.1, 0.1),
 }
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 
@@ -47,7 +41,7 @@ def output(model, images):
 @every_model
 @pytest.mark.parametrize("layers", [None, [0], [-1]])
 def test_reads_what_a_pass_of_its_own_would(make, layers):
-    model, images = make(), torch.randn(3, 3, SIZE, SIZE)
+    model, images = make().eval(), torch.randn(3, 3, SIZE, SIZE)
     with reading(model, layers) as affinity:
         output(model, images)
         inside = affinity(images)
@@ -81,29 +75,20 @@ def test_the_pass_is_the_callers_own(make):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-class Teacher(nn.Module):
-    """As iBOT and DINO have it: a backbone and a head, run on the global crops."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone, self.head = small_vit(), nn.Linear(192, 7)
-        self.passes = 0
-
-    def forward(self, images):
-        self.passes += 1
-        return self.head(self.backbone.forward_features(images))
-
-
 def test_the_teacher_of_a_distillation_is_read_in_its_own_pass():
-    teacher, student, crops = Teacher(), small_vit(), torch.randn(4, 3, SIZE, SIZE)
-    with reading(teacher, [-1]) as affinity, torch.no_grad():
+    """As iBOT and DINO have it: a backbone and a head, run on the global crops."""
+    teacher, student = nn.Sequential(small_vit(), nn.Linear(192, 7)).eval(), small_vit()
+    crops, passes = torch.randn(4, 3, SIZE, SIZE), []
+    teacher[0].forward = teacher[0].forward_features
+    with reading(teacher, [-1]) as affinity, torch.no_grad():  # after its one trial
+        teacher[1].register_forward_hook(lambda *_: passes.append(1))
         targets = teacher(crops)
     student(crops)  # is not read
     parts = GraphCutPartitioner(4)(affinity(crops), images=crops)
-    assert teacher.passes == 1
+    assert len(passes) == 1
     assert targets.shape == (4, 17, 7)
     assert parts.shape == (4, 16)
-    torch.testing.assert_close(affinity(crops), attention_affinity(teacher.backbone, crops, [-1]))
+    torch.testing.assert_close(affinity(crops), attention_affinity(teacher[0], crops, [-1]))
 
 
 def test_of_several_passes_the_last_one_counts():
@@ -113,7 +98,7 @@ def test_of_several_passes_the_last_one_counts():
         vit(last)
         assert affinity(last).shape == (2, 24, 24)
         torch.testing.assert_close(affinity(last), attention_affinity(vit, last))
-    with pytest.raises(ValueError, match=r"attention of 2 images.*\[3, 3, 64, 64\]"):
+    with pytest.raises(ValueError, match=r"2 images.*\[3, 3, 64, 64\]"):
         affinity(first)
 
 
@@ -123,7 +108,7 @@ def test_a_pass_that_failed_leaves_nothing_behind():
     with reading(vit) as affinity:
         with pytest.raises(ZeroDivisionError):
             vit(images)
-        with pytest.raises(RuntimeError, match=r"softmax attention in blocks\.1\.attn"):
+        with pytest.raises(RuntimeError, match=r"blocks\.1\.attn"):
             affinity(images)
         handle.remove()
         vit(images)
@@ -132,14 +117,14 @@ def test_a_pass_that_failed_leaves_nothing_behind():
 
 def test_what_cannot_be_read_is_an_error():
     vit, images = small_vit(), torch.randn(2, 3, SIZE, SIZE)
-    with reading(vit) as affinity, pytest.raises(RuntimeError, match=r"softmax attention in blocks\.0\.attn"):
+    with reading(vit) as affinity, pytest.raises(RuntimeError, match=r"blocks\.0\.attn"):
         affinity(images)
-    with pytest.raises(ValueError, match="layer 2 does not exist"), reading(vit, [2]):
+    with pytest.raises(ValueError, match="layer 2"), reading(vit, [2]):
         pass
     mae = MAE(depth=2)
     with reading(mae) as affinity:
         mae(images)
-    with pytest.raises(ValueError, match=r"fewer than the 8 x 8.*masking"):
+    with pytest.raises(ValueError, match=r"8 x 8.*masking"):
         affinity(images)
     swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=SIZE, window_size=2)
     with reading(swin), pytest.raises(ValueError, match=r"layers="):

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_masks import Wrapped
 from torch import nn
+from vits import MAE
 
 from maskevolve import BlockMask, EMPartitioner, EvolvingMask, GridMask, PartMask, PartTeacher, RandomMask
-from maskevolve.masks import Masking
 
 EPOCHS = 10
 FUNCTIONS = {
@@ -23,12 +24,10 @@ FUNCTIONS = {
     "numpy": (lambda progress: np.float32(progress), lambda p: p),
     "torch": (lambda progress: torch.tensor(progress).sqrt(), lambda p: p**0.5),
 }
-BAD = {"nan": math.nan, "inf": math.inf, "text": "0.5", "None": None, "a list": [0.5]}
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_power_takes_a_function_of_progress(name):
-    function, expected = FUNCTIONS[name]
+@pytest.mark.parametrize(("function", "expected"), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_power_takes_a_function_of_progress(function, expected):
     masking = EvolvingMask(EPOCHS, power=function)
     for epoch in range(EPOCHS):
         alpha = masking.set_epoch(epoch).alpha
@@ -38,62 +37,45 @@ def test_power_takes_a_function_of_progress(name):
 
 
 @pytest.mark.filterwarnings("ignore:epoch=.* is outside of the training")
-@given(epoch=st.floats(-5, 20), power=st.floats(0, 4))
-def test_a_power_is_a_function_of_progress(epoch, power):
-    ours = EvolvingMask(EPOCHS, power=lambda progress: progress**power).set_epoch(epoch)
-    assert ours.alpha == EvolvingMask(EPOCHS, power=power).set_epoch(epoch).alpha
-
-
-@pytest.mark.filterwarnings("ignore:epoch=.* is outside of the training")
-@given(epochs=st.floats(0.1, 50), epoch=st.floats(-5, 60))
-def test_progress_lies_between_0_and_1(epochs, epoch):
+@given(epochs=st.floats(0.1, 50), epoch=st.floats(-5, 60), power=st.floats(0, 4))
+def test_a_power_is_a_function_of_progress(epochs, epoch, power):
     seen = []
-    EvolvingMask(epochs, power=lambda progress: seen.append(progress) or 0.5).set_epoch(epoch)
+    ours = EvolvingMask(epochs, power=lambda progress: seen.append(progress) or progress**power).set_epoch(epoch)
+    assert ours.alpha == EvolvingMask(epochs, power=power).set_epoch(epoch).alpha
+    assert float(ours.alpha) == pytest.approx((min(max(epoch + 1, 1), epochs) / epochs) ** power)
     assert all(0 <= progress <= 1 for progress in seen)
 
 
-@pytest.mark.parametrize("value", BAD.values(), ids=BAD)
-def test_a_function_that_returns_no_number_is_refused_when_it_does(value):
-    with pytest.raises(ValueError, match=r"power is .* at progress 0\.1,"):
-        EvolvingMask(EPOCHS, power=lambda _: value)
-    masking = EvolvingMask(EPOCHS, power=lambda progress: value if progress == 0.5 else progress).set_epoch(3)
-    with pytest.raises(ValueError, match=r"power is .* at progress 0\.5,"):
-        masking.set_epoch(4)
-    assert (masking.alpha, masking.epoch) == (torch.tensor(0.4), 3), "as if nothing had been asked"
-
-
-@pytest.mark.parametrize("power", [-1, math.nan, "0.5", None])
-def test_bad_powers(power):
-    with pytest.raises(ValueError, match=r"power=.* must be a number of at least 0, or a function"):
-        EvolvingMask(EPOCHS, power=power)
-
-
-def test_a_run_with_a_function_is_resumed():
-    function = FUNCTIONS["cosine"][0]
-    saved, resumed = EvolvingMask(EPOCHS, power=function).set_epoch(4), EvolvingMask(EPOCHS, power=function)
-    assert set(saved.state_dict()) == {"alpha", "epoch"}
-    resumed.load_state_dict(saved.state_dict())
-    assert (resumed.alpha, resumed.epoch, resumed.needs_parts) == (saved.alpha, 4, True)
-
-
-class Pool(nn.Module):
-    """Patches of an image that have something in common."""
-
-    num_heads = 1
-
-    def __init__(self):
-        super().__init__()
-        self.patch_embed = nn.Conv2d(3, 4, 8, 8)
-        self.patch_embed.patch_size = 8
-        self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
-
-    def forward(self, images):
-        x = self.patch_embed(images).flatten(2).mT
-        return self.attention(x, x, x)
-
-
 def make_teacher(num_parts, epochs=EPOCHS):
-    return PartTeacher(Pool(), EMPartitioner(), total_epochs=epochs, num_parts=num_parts)
+    return PartTeacher(MAE(depth=1, image_size=32), EMPartitioner(), total_epochs=epochs, num_parts=num_parts)
+
+
+BAD_POWERS = [("power", value, 0.5) for value in (math.nan, math.inf, "0.5", None, [0.5])]
+BAD_COUNTS = [("num_parts", value, 4 / 9) for value in (math.nan, math.inf, "0.5", None, [0.5], 0, -3, 0.2)]
+
+
+@pytest.mark.parametrize(("name", "value", "at"), [*BAD_POWERS, *BAD_COUNTS])
+def test_a_function_that_returns_no_number_is_refused_when_it_does(name, value, at):
+    make = make_teacher if name == "num_parts" else lambda function: EvolvingMask(EPOCHS, power=function)
+    with pytest.raises(ValueError, match=rf"{name} is .* at progress 0"):
+        make(lambda _: value)
+    each = make(lambda progress: value if progress == at else 9 * progress + 1 if name == "num_parts" else progress)
+    each.set_epoch(3)
+    with pytest.raises(ValueError, match=rf"{name} is .* at progress {at:.4g}"):
+        each.set_epoch(4)
+    kept = each.num_parts if name == "num_parts" else 10 * each.alpha
+    assert (kept, each.epoch) == (4, 3), "as if nothing had been asked"
+
+
+def test_masks_with_a_function_and_masks_inside_are_resumed():
+    masks = {"start": RandomMask(), "end": EvolvingMask(EPOCHS)}
+    saved, resumed = (EvolvingMask(EPOCHS, **copy.deepcopy(masks), power=math.sqrt) for _ in range(2))
+    resumed.load_state_dict(saved.set_epoch(6).state_dict())
+    assert set(saved.state_dict()) == {"alpha", "epoch", "end.alpha", "end.epoch"}
+    assert (resumed.alpha, resumed.end.alpha) == (saved.alpha, saved.end.alpha)
+    assert (resumed.epoch, resumed.end.epoch, resumed.needs_parts) == (6, 6, True)
+    parts, seed = torch.arange(16).expand(2, -1) // 4, torch.Generator()
+    assert torch.equal(*(mask.scores(2, 4, parts=parts, generator=seed.manual_seed(1)) for mask in (saved, resumed)))
 
 
 @pytest.mark.filterwarnings("ignore:epoch=.* is outside of the training")
@@ -103,6 +85,9 @@ def test_number_of_parts_takes_a_function_of_progress():
     assert counts == [16, 16, 8, 4, 2, 2]
     assert all(isinstance(count, int) for count in counts)
     assert teacher.set_epoch(3)(torch.randn(2, 3, 32, 32)).max() < 2
+    resumed = make_teacher(lambda progress: 16 * 0.125**progress, epochs=4)
+    resumed.load_state_dict(teacher.state_dict())
+    assert resumed.num_parts == 2
 
 
 @pytest.mark.filterwarnings("ignore:epoch=.* is outside of the training")
@@ -111,22 +96,6 @@ def test_number_of_parts_takes_a_function_of_progress():
 def test_a_pair_is_a_function_of_progress(epoch, first, last):
     ours = make_teacher(lambda progress: first + (last - first) * progress).set_epoch(epoch)
     assert ours.num_parts == make_teacher((first, last)).set_epoch(epoch).num_parts
-
-
-@pytest.mark.parametrize("value", [*BAD.values(), 0, -3, 0.2], ids=[*BAD, "0", "-3", "0.2"])
-def test_a_function_that_returns_no_number_of_parts_is_refused_when_it_does(value):
-    with pytest.raises(ValueError, match=r"num_parts is .* at progress 0,"):
-        make_teacher(lambda _: value)
-    teacher = make_teacher(lambda progress: value if progress == 1 / 3 else 5).set_epoch(2)
-    with pytest.raises(ValueError, match=r"num_parts is .* at progress 0\.3333,"):
-        teacher.set_epoch(3)
-    assert (teacher.num_parts, teacher.epoch) == (5, 2)
-
-
-def test_a_teacher_with_a_function_is_resumed():
-    saved, resumed = (make_teacher(lambda progress: 20 - 10 * progress) for _ in range(2))
-    resumed.load_state_dict(saved.set_epoch(9).state_dict())
-    assert resumed.num_parts == saved.num_parts == 10
 
 
 def stages():
@@ -143,27 +112,17 @@ def test_an_epoch_outside_of_the_training_is_warned_of_once(make):
             each.set_epoch(epoch)
     for epoch in (5000, -1, EPOCHS + 0.5, torch.tensor(11.0)):
         each = make()
-        said = rf"epoch={float(epoch):g} is outside of the training, total_epochs=10.*counted from 0.*steps"
-        with pytest.warns(UserWarning, match=said) as caught:
+        with pytest.warns(UserWarning, match=rf"epoch={float(epoch):g} is outside .*=10.*steps") as caught:
             [each.set_epoch(again) for again in (epoch, -2, epoch, 77)]
         assert [warning.filename for warning in caught] == [__file__]
         each.set_epoch(5)
         assert each.epoch == 5
 
 
-class Other(Masking):
+class Other(Wrapped):
     """A mask of one's own, with another inside that it draws from."""
 
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = nn.ModuleList([inner])
-
-    @property
-    def needs_parts(self):
-        return self.inner[0].needs_parts
-
-    def draw(self, *args, **source):
-        return self.inner[0].draw(*args, **source)
+    needs_parts = property(lambda self: self.inner[0].needs_parts)
 
 
 def test_set_epoch_reaches_every_mask_inside():
@@ -205,16 +164,6 @@ def test_needs_parts_of_nested_masks():
                 assert masking(torch.randn(1, 16, 2)).mask.sum() == 12
 
 
-def test_nested_masks_are_resumed():
-    saved, resumed = (EvolvingMask(EPOCHS, start=RandomMask(), end=EvolvingMask(EPOCHS)) for _ in range(2))
-    resumed.load_state_dict(saved.set_epoch(6).state_dict())
-    assert resumed.needs_parts
-    assert (resumed.end.alpha, resumed.end.epoch) == (saved.end.alpha, 6)
-    parts, seed = torch.arange(16).expand(2, -1) // 4, torch.Generator()
-    scores = [mask.scores(2, 4, parts=parts, generator=seed.manual_seed(1)) for mask in (saved, resumed)]
-    assert torch.equal(*scores)
-
-
 CASTS = {
     "half": nn.Module.half,
     "bfloat16": nn.Module.bfloat16,
@@ -226,22 +175,14 @@ CASTS = {
 
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
 def test_a_cast_leaves_the_epoch_and_alpha_as_they_are(cast):
-    masking = EvolvingMask(3001, end=EvolvingMask(3001)).set_epoch(2999.25)
-    teacher = PartTeacher(Pool(), EMPartitioner(), total_epochs=3001).set_epoch(2999.25)
-    before = copy.deepcopy((masking.state_dict(), teacher.state_dict()))
-    model = nn.ModuleDict({"masking": masking, "teacher": teacher, "layer": nn.Linear(2, 2)})
+    own = Other(nn.Linear(2, 2))  # a mask that learns
+    masking = EvolvingMask(3001, start=own, end=EvolvingMask(3001)).set_epoch(2999.25)
+    model = nn.ModuleDict({"masking": masking, "teacher": make_teacher((40, 10), 3001).set_epoch(2999.25)})
+    before = copy.deepcopy(model.state_dict())
     cast(model)
-    assert model["layer"].weight.dtype != torch.float32
-    for module, state in zip((masking, teacher), before, strict=True):
-        after = module.state_dict()
-        assert all(after[key].dtype == value.dtype and torch.equal(after[key], value) for key, value in state.items())
-
-
-def test_a_cast_reaches_what_a_mask_of_ones_own_has_learned():
-    own = Other(RandomMask())
-    own.layer = nn.Linear(2, 2)
-    EvolvingMask(EPOCHS, start=own).half()
-    assert own.layer.weight.dtype == torch.float16
+    assert own.inner[0].weight.dtype != torch.float32
+    for key, value in model.state_dict().items():
+        assert "inner" in key or (value.dtype == before[key].dtype and torch.equal(value, before[key]))
 
 
 def test_masks_and_teachers_move_to_other_devices():

@@ -3,20 +3,19 @@
 import copy
 import json
 import re
-import warnings
 from pathlib import Path
 
 import processes
 import pytest
 import timm
 import torch
+from hosts import make_teacher
 from test_pretrain import equal
 from timm.layers import PatchDropout
 from torch import nn
 from torch.multiprocessing import ProcessExitedException
-from vits import check_training, make_vit, photographs
 
-from maskevolve import BlockMask, EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher, RandomMask
+from maskevolve import BlockMask, EvolvingMask, GridMask, RandomMask
 from maskevolve.integrations import apply_to_mae, apply_to_timm
 
 SMALL = {"embed_dim": 48, "num_heads": 3, "depth": 2, "num_classes": 5, "patch_drop_rate": 0.75}
@@ -42,12 +41,8 @@ def make(name, **options):
     return vit, vit.patch_embed.img_size
 
 
-def make_teacher(model, **options):
-    return PartTeacher(model, GraphCutPartitioner(), **{"total_epochs": 10, "num_parts": (8, 4), **options})
-
-
 def evolving(vit):
-    return apply_to_timm(vit, EvolvingMask(10), make_teacher(vit)).set_epoch(5)
+    return apply_to_timm(vit, EvolvingMask(10), make_teacher(vit, total_epochs=10)).set_epoch(5)
 
 
 def gradients(vit, images):
@@ -120,9 +115,10 @@ def test_prefix_tokens_and_position_embeddings(name):
 def test_indices_are_those_of_the_patches_that_stay(name):
     vit, size = make(name)
     evolving(vit)
+    images = torch.randn(3, 3, *size)
     for ordered in (False, True):
         vit.patch_drop.ordered = ordered
-        vit.patch_embed(torch.randn(3, 3, *size))
+        vit.patch_embed(images)
         x = torch.randn(3, vit.num_prefix_tokens + vit.patch_embed.num_patches, 48)
         after, keep = vit.patch_drop(x)
         patches = x[:, vit.num_prefix_tokens :]
@@ -160,76 +156,7 @@ def test_copies_go_by_their_own_mode():
     assert copy.deepcopy(vit).forward_features(images).shape[1] == 10
 
 
-def test_copies_forget_the_masks_when_they_are_removed():
-    vit, size = make("plain")
-    evolution, images = evolving(vit), torch.randn(2, 3, *size)
-    average = copy.deepcopy(vit)
-    evolution.remove()
-    outputs = []
-    for each in (vit, average, make("plain")[0]):
-        torch.manual_seed(1)
-        outputs.append(each.forward_features(images))
-    assert torch.equal(outputs[0], outputs[1])
-    assert torch.equal(outputs[0], outputs[2])
-
-
-def test_parts_that_came_with_the_batch_and_fixed_masks():
-    vit, size = make("plain")
-    evolution, images = apply_to_timm(vit, PartMask()), torch.randn(3, 3, *size)
-    parts, kept = torch.arange(36).expand(3, -1) % 5, []
-    for seed in (1, 1, 2):
-        with evolution.fixed(seed):
-            evolution.see(parts=parts)
-            kept.append(vit.forward_features(images))
-        assert torch.equal(evolution.last_parts, parts)
-    assert torch.equal(kept[0], kept[1])
-    assert not torch.equal(kept[0], kept[2])
-
-
-def test_whole_parts_of_the_images_at_hand():
-    vit, _ = make("plain")
-    teacher, images = make_teacher(vit), photographs(6, 96)
-    apply_to_timm(vit, PartMask(), teacher).set_epoch(0)
-    vit.pos_embed.data.zero_()
-    vit.patch_drop.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
-    for batch in (images[:4], images[4:]):
-        seen = []
-        vit(batch)
-        (before, after), parts = seen[-1], teacher(batch)
-        stays = (before[:, 1:, None] == after[:, None, 1:]).all(-1).any(2)
-        for image in range(len(batch)):
-            torn = [part for part in parts[image].unique() if stays[image][parts[image] == part].unique().numel() == 2]
-            assert len(torn) <= 1
-
-
-def test_training_on_photographs():
-    """To tell nine photographs apart by the quarter of them that stays."""
-    vit, _ = make("plain", num_classes=9)
-    evolution = apply_to_timm(vit, EvolvingMask(40), make_teacher(vit, total_epochs=40, decay=0.9))
-    images = photographs(18, 96)
-
-    def loss():
-        batch = torch.randperm(18)
-        return nn.functional.cross_entropy(vit(images[batch]), batch % 9)
-
-    check_training(evolution, loss, lr=1e-3)
-
-
 class TestEverydayTraining:
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("name", ["plain", "EVA"])
-    def test_autocast(self, name, dtype):
-        vit, size = make(name)
-        evolution = evolving(vit)
-        optimizer, scaler = torch.optim.AdamW(vit.parameters()), torch.amp.GradScaler("cpu", dtype == torch.float16)
-        evolution.follow(optimizer)
-        with torch.autocast("cpu", dtype):
-            loss = vit(torch.randn(2, 3, *size)).square().mean()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        assert loss.isfinite()
-        assert int(evolution.teacher.model.n_averaged) == 1
-
     @pytest.mark.parametrize("name", ["plain", "EVA"])
     def test_compiled_whole(self, name):
         torch._dynamo.reset()
@@ -282,38 +209,6 @@ class TestWrongUse:
     def test_no_vit(self):
         with pytest.raises(TypeError, match="ResNet has no `patch_drop`"):
             apply_to_timm(timm.create_model("resnet18"), RandomMask())
-
-    def test_twice(self):
-        vit, _ = make("plain")
-        evolution = apply_to_timm(vit, RandomMask())
-        with pytest.raises(ValueError, match=r"already: call \.remove\(\)"):
-            apply_to_timm(vit, GridMask())
-        evolution.remove()
-        apply_to_timm(vit, GridMask())
-
-    def test_no_teacher_or_another_architecture(self):
-        vit, _ = make("plain")
-        evolution = apply_to_timm(vit, EvolvingMask(10)).set_epoch(5)
-        with pytest.raises(ValueError, match=r"EvolvingMask needs parts.*PartTeacher\(model"):
-            vit(torch.randn(1, 3, 96, 96))
-        evolution.remove()
-        with pytest.raises(ValueError, match="another architecture than this VisionTransformer"):
-            apply_to_timm(vit, EvolvingMask(10), make_teacher(make_vit()))
-
-    def test_a_grid_that_does_not_fit(self):
-        vit, size = make("plain")
-        apply_to_timm(vit, GridMask(grid_size=(4, 9)))
-        with pytest.raises(ValueError, match="6 x 6 grid"):
-            vit(torch.randn(1, 3, *size))
-
-    def test_no_epoch_is_warned_of_once(self):
-        vit, size = make("plain")
-        apply_to_timm(vit, EvolvingMask(10), make_teacher(vit))
-        with pytest.warns(UserWarning, match=r"evolution\.set_epoch\(epoch\)"):
-            vit(torch.randn(1, 3, *size))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            vit(torch.randn(1, 3, *size))
 
 
 def test_patch_dropout_of_older_versions():

@@ -1,11 +1,12 @@
 """Evolving masks in Hugging Face's ViTMAE and under its Trainer, against the real package."""
 
 import json
-from copy import deepcopy
+import pickle
 
 import pytest
 import torch
 import vit_mae as example
+from hosts import anatomy, make_teacher, pictures
 from test_pretrain import equal
 from transformers import (
     Trainer,
@@ -19,7 +20,7 @@ from transformers import (
 )
 from vits import MAE, watch_calls
 
-from maskevolve import BlockMask, EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher, RandomMask
+from maskevolve import EvolvingMask, RandomMask
 from maskevolve.integrations import apply_to_vit_mae, trainer_callback
 from maskevolve.teachers.attention import attention_affinity, attention_modules
 
@@ -33,32 +34,12 @@ def make(cls=ViTMAEForPreTraining, **options):
     return cls(ViTMAEConfig(image_size=64, patch_size=8, initializer_range=0.2, **ENCODER, **DECODER, **options))
 
 
-def make_teacher(model, **options):
-    return PartTeacher(
-        model, GraphCutPartitioner(), **{"total_epochs": 4, "num_parts": (8, 4), "decay": 0.5, **options}
-    )
-
-
 def evolve(model, epochs=4):
     return apply_to_vit_mae(model, EvolvingMask(epochs), make_teacher(model, total_epochs=epochs))
 
 
-def pictures(batch=2, height=64, width=64):
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
-
-
 def result(output):
     return output.loss if hasattr(output, "loss") else output.last_hidden_state
-
-
-def anatomy(model):
-    """All that an integration could leave behind."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
-    modules = {
-        name: (set(vars(module)), {hook: dict(getattr(module, hook)) for hook in hooks})
-        for name, module in model.named_modules()
-    }
-    return list(model.state_dict()), modules
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -85,19 +66,6 @@ def test_noise_keeps_its_meaning(cls):
     assert torch.equal(given.ids_restore, own.ids_restore)
     assert torch.equal(result(given), result(own))
     assert not torch.equal(model(images).mask, own.mask)
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_remove_leaves_the_model_as_it_was(cls):
-    model = make(cls)
-    before = anatomy(model)
-    evolution = evolve(model).set_epoch(3)
-    assert list(model.state_dict()) == before[0], "nothing is added to the checkpoint"
-    model(pictures())
-    evolution.remove()
-    assert anatomy(model) == before
-    evolve(model).remove()
-    assert anatomy(model) == before
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -138,24 +106,6 @@ def test_images_of_several_sizes_and_batches_of_changing_size():
         output.loss.backward()
 
 
-@pytest.mark.parametrize("masking", [GridMask(), BlockMask(), EvolvingMask(4, end=BlockMask())])
-def test_masks_without_parts_need_no_teacher(masking):
-    model = make(mask_ratio=0.5)
-    apply_to_vit_mae(model, masking).set_epoch(1)
-    assert model(pictures()).mask.sum(1).tolist() == [32, 32]
-
-
-def test_masks_are_whole_parts_at_the_end():
-    model, images = make(), pictures(1)
-    teacher = make_teacher(model)
-    apply_to_vit_mae(model, PartMask(), teacher).set_epoch(3)
-    parts = teacher(images)[0]
-    for _ in range(5):
-        mask = model(images).mask[0]
-        cut = [part for part in parts.unique() if 0 < mask[parts == part].mean() < 1]
-        assert len(cut) <= 1
-
-
 @pytest.mark.parametrize("part", ["model", "encoder"])
 def test_teacher_may_be_built_from_the_encoder_alone(part):
     model = make()
@@ -169,35 +119,9 @@ def test_teacher_may_be_built_from_the_encoder_alone(part):
         assert torch.equal(ours, theirs), "the first update copies"
 
 
-def test_a_copy_masks_with_its_own_embeddings():
-    model, images = make(), pictures()
-    evolution = apply_to_vit_mae(model, RandomMask())
-    copy = deepcopy(model)
-    with torch.no_grad():
-        copy.vit.embeddings.patch_embeddings.projection.weight.mul_(2)
-    torch.manual_seed(2)
-    ours = model(images)
-    torch.manual_seed(2)
-    theirs = copy(images)
-    assert torch.equal(ours.mask, theirs.mask)
-    assert ours.loss != theirs.loss
-    evolution.remove()
-    torch.manual_seed(2)
-    theirs, unpatched = copy(images), make()
-    torch.manual_seed(2)
-    assert torch.equal(theirs.mask, unpatched(images).mask)
-
-
 def test_everyday_training():
     model, images = make(), pictures()
-    evolution = evolve(model).set_epoch(2)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model(images)
-    assert output.mask.sum(1).tolist() == [48, 48]
-    output.loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
-    evolution.update()
-
+    evolve(model).set_epoch(2)
     model.eval()
     with torch.no_grad():  # a demo of reconstruction
         assert model.unpatchify(model(images).logits).shape == images.shape
@@ -212,25 +136,6 @@ def test_everyday_training():
     checkpointed.backward()
 
 
-def test_a_compiled_model_draws_the_same_masks():
-    model, images = make(), pictures()
-    evolution = evolve(model)
-    compiled = torch.compile(model, backend="aot_eager")
-    for epoch in (0, 3):
-        evolution.set_epoch(epoch)
-        torch.manual_seed(4)
-        expected = model(images)
-        torch.manual_seed(4)
-        output = compiled(images)
-        assert torch.equal(output.mask, expected.mask)
-        torch.testing.assert_close(output.loss, expected.loss)
-        output.loss.backward()
-        evolution.update()
-    evolution.remove()
-    again = apply_to_vit_mae(compiled, RandomMask())
-    assert again.model is model.vit
-
-
 def test_half_precision_model():
     model = make().bfloat16()
     evolve(model).set_epoch(2)
@@ -243,32 +148,12 @@ def test_wrong_use_names_the_fix():
         apply_to_vit_mae(MAE(), RandomMask())
     with pytest.raises(TypeError, match="ViTModel is no ViTMAE"):
         apply_to_vit_mae(ViTModel(ViTConfig(**ENCODER)), RandomMask())
-    evolution = apply_to_vit_mae(model, EvolvingMask(4)).set_epoch(2)
-    with pytest.raises(ValueError, match="needs parts, but there is no teacher"):
-        model(pictures())
-    evolution.remove()
-    with pytest.raises(ValueError, match="built for another architecture"):
-        apply_to_vit_mae(model, EvolvingMask(4), make_teacher(MAE()))
     wider = ViTMAEForPreTraining(ViTMAEConfig(image_size=64, patch_size=8, **{**ENCODER, "intermediate_size": 64}))
     with pytest.raises(ValueError, match="built for another architecture"):
         apply_to_vit_mae(model, EvolvingMask(4), make_teacher(wider))
-    evolution = evolve(model)
-    for again in (model, model.vit):
-        with pytest.raises(ValueError, match=r"evolving masks already: call \.remove\(\)"):
-            apply_to_vit_mae(again, RandomMask())
-    evolution.remove()
-    apply_to_vit_mae(model, RandomMask(grid_size=(4, 4)))
-    with pytest.raises(ValueError, match=r"8 x 8 grid|4 x 4"):
-        model(pictures())
-
-
-def test_forgetting_the_epoch_warns_once():
-    model = make()
     evolve(model)
-    model.eval()(pictures())
-    with pytest.warns(UserWarning, match=r"call evolution\.set_epoch\(epoch\)"):
-        model.train()(pictures())
-    model(pictures())
+    with pytest.raises(ValueError, match="already"):
+        apply_to_vit_mae(model.vit, RandomMask())
 
 
 # Under the Trainer.
@@ -370,21 +255,61 @@ class SecondReport(Report):
 
 
 def test_alpha_and_parts_are_logged_whatever_the_order_of_callbacks(tmp_path):
-    before, after = Report(), SecondReport()
+    before, after, own_log = Report(), SecondReport(), Trainer.log
     trainer, _ = make_trainer(tmp_path, logging_steps=3)
     trainer.callback_handler.callbacks.insert(0, before)
     trainer.add_callback(after)
     trainer.train()
     for log in (before.logs, after.logs, trainer.state.log_history):
         logs = [entry for entry in log if "loss" in entry]
-        assert [entry["num_parts"] for entry in logs] == [7, 5, 4]
+        assert [entry["num_parts"] for entry in logs] == [5.5, 5, 4], "as many as there are, at most 7, 5 and 4"
         assert [entry["alpha"] for entry in logs] == pytest.approx(
             [((step / 3 + 1) / 3) ** 0.5 for step in (2, 5, 6)], abs=1e-4
         )
-    # Trainers without the callback log what they did.
-    other = Trainer(make(), trainer.args, train_dataset=Images(4))
-    other.log({"loss": 1.0})
-    assert set(other.state.log_history[-1]) <= {"loss", "epoch", "step"}
+    assert Trainer.log is own_log
+    assert "log" not in vars(trainer)
+
+
+def test_a_model_that_model_init_makes_is_refused(tmp_path):
+    evolution, args = evolve(make()), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = Trainer(
+        model_init=lambda: make(),
+        args=args,
+        train_dataset=Images(4),
+        callbacks=[pickle.loads(pickle.dumps(trainer_callback(evolution)))],
+    )
+    with pytest.raises(ValueError, match="model_init"):
+        trainer.train()
+
+
+def test_the_callback_does_nothing_once_masks_are_removed(tmp_path):
+    trainer, evolution = make_trainer(tmp_path, logging_steps=3, save_strategy="epoch")
+    evolution.remove()
+    trainer.train()
+    assert not [entry for entry in trainer.state.log_history if "alpha" in entry]
+    assert not list(tmp_path.rglob("evolution.pt"))
+    assert evolution.epoch == 0
+
+
+@resumes
+def test_only_weights_that_the_trainer_did_not_load_are_loaded(tmp_path, monkeypatch):
+    trainer, _ = make_trainer(tmp_path, save_strategy="steps", save_steps=3, epochs=1)
+    trainer.train()
+    resumed, _ = make_trainer(tmp_path, epochs=1)
+    own, called = ViTMAEForPreTraining.from_pretrained, []
+
+    def from_pretrained(folder):
+        called.append(folder)
+        saved = own(folder)
+        for name, weight in saved.named_parameters():
+            if "decoder_embed" in name:  # it has the same name in the checkpoint
+                weight.data.zero_()
+        return saved
+
+    monkeypatch.setattr(ViTMAEForPreTraining, "from_pretrained", from_pretrained)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(called) <= 1
+    assert equal(trainer.model.state_dict(), resumed.model.state_dict())
 
 
 def test_parts_travel_with_the_batches_of_the_trainer(tmp_path):

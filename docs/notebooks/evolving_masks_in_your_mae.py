@@ -9,7 +9,7 @@
 # %% [markdown]
 # # Evolving masks in your MAE
 #
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/maskevolve/maskevolve/blob/main/docs/notebooks/evolving_masks_in_your_mae.ipynb)
+# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{OWNER}/{NAME}/blob/main/docs/notebooks/evolving_masks_in_your_mae.ipynb)
 #
 # This notebook trains a small masked autoencoder on a few photographs, with masks that evolve from a grid to parts of
 # the picture. The model is written as the official MAE is, and is not edited: three lines beside it do the work. It
@@ -21,7 +21,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("maskevolve") is None:  # on Colab
-    source = "maskevolve[examples] @ git+https://github.com/maskevolve/maskevolve"
+    source = "maskevolve[examples] @ git+{REPOSITORY}"
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, source], check=True)
 
@@ -220,6 +220,6 @@ loss, prediction, mask = model(batch())  # with the model's own random masks
 # ## Go on
 #
 # - Other models, from timm, Hugging Face, Lightly and stable-pretraining:
-#   [in your code base](https://maskevolve.github.io/maskevolve/hosts/).
-# - Parts from labels of your own: [bring your own parts](https://maskevolve.github.io/maskevolve/own_parts/).
-# - What is known about what it brings: [results](https://maskevolve.github.io/maskevolve/results/).
+#   [in your code base]({SITE}hosts/).
+# - Parts from labels of your own: [bring your own parts]({SITE}own_parts/).
+# - What is known about what it brings: [results]({SITE}results/).

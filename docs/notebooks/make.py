@@ -10,15 +10,24 @@ from pathlib import Path
 
 import jupytext
 import nbformat
-from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
 SCRIPTS = [path for path in sorted(HERE.glob("*.py")) if path.name != "make.py"]
+sys.path.insert(0, str(HERE.parent))
+from hooks import NAME, OWNER, REPOSITORY, SITE  # noqa: E402  of the folder above
+
+
+def read(script: Path) -> nbformat.NotebookNode:
+    """The notebook of a script, with the addresses in it."""
+    text = script.read_text("utf-8").replace("{OWNER}/{NAME}", f"{OWNER}/{NAME}")
+    return jupytext.reads(text.replace("{REPOSITORY}", REPOSITORY).replace("{SITE}", SITE), "py:percent")
 
 
 def run(script: Path) -> nbformat.NotebookNode:
     """The notebook of a script, after its run; without what it wrote to stderr, such as warnings of this machine."""
-    notebook = jupytext.read(script)
+    from nbclient import NotebookClient
+
+    notebook = read(script)
     NotebookClient(notebook, record_timing=False, resources={"metadata": {"path": script.parent}}).execute()
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"  # not another one in each run

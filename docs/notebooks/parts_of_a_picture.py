@@ -9,7 +9,7 @@
 # %% [markdown]
 # # See the parts of your own picture
 #
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/maskevolve/maskevolve/blob/main/docs/notebooks/parts_of_a_picture.ipynb)
+# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{OWNER}/{NAME}/blob/main/docs/notebooks/parts_of_a_picture.ipynb)
 #
 # The masks of `maskevolve` hide whole parts of a picture. This notebook cuts a picture into parts, shows the partitions
 # for several numbers of parts, and draws masks from them. It needs no GPU and no trained model, and takes some seconds.
@@ -20,7 +20,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("maskevolve") is None:  # on Colab
-    source = "maskevolve[examples] @ git+https://github.com/maskevolve/maskevolve"
+    source = "maskevolve[examples] @ git+{REPOSITORY}"
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, source], check=True)
 
@@ -69,7 +69,7 @@ image = resize(image, [384, 384], antialias=True)  # [3, 384, 384] in [0, 1]
 # A `PartTeacher` reads from a ViT how alike the patches of a picture are, and a graph cut makes parts of that. The
 # outlines of the parts follow the contrast of the picture. The default reads the tokens before the first block, so an
 # untrained ViT will do: its parts agree with those that people draw as well as those of a trained one, within the error
-# of the measurement ([what it costs](https://maskevolve.github.io/maskevolve/costs/), the table of teachers).
+# of the measurement ([what it costs]({SITE}costs/), the table of teachers).
 #
 # One solve gives every number of parts: `hierarchy.cut(K)` splits one part of `hierarchy.cut(K - 1)` in two.
 
@@ -128,6 +128,6 @@ show(smooth)
 # ## Go on
 #
 # - A pretrained ViT of any patch size: `FrozenTeacher`, in
-#   [bring your own parts](https://maskevolve.github.io/maskevolve/own_parts/).
-# - How the cut works: [parts](https://maskevolve.github.io/maskevolve/parts/).
+#   [bring your own parts]({SITE}own_parts/).
+# - How the cut works: [parts]({SITE}parts/).
 # - These masks in a training run: the notebook "Evolving masks in your MAE".

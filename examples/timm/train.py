@@ -6,7 +6,7 @@ torchrun --nproc_per_node 8 examples/timm/train.py --script ... -- ...
 
 Every flag after the lone -- is the script's own, --resume among them. The patches to drop follow the epoch, the teacher
 follows the optimizer, and both are saved in the script's checkpoints. Every epoch draws from a seed of its own, so that
-a resumed run draws what it would have drawn.
+a resumed run draws the same masks and batches.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import launch
 
 
 def evolve(options: argparse.Namespace) -> None:
-    """Put masks into the functions of timm that its script builds a run from."""
-    # Here, where the path begins with the checkout of the script, which may hold a timm of its own.
+    """Patch the functions of timm that its script makes the optimizer, the scheduler and the checkpoints with."""
+    # Imported here, after the folder of the script is on the path: it may hold a timm of its own.
     import timm.models
     import timm.optim
     import timm.scheduler
@@ -44,7 +44,7 @@ def evolve(options: argparse.Namespace) -> None:
 
     def optimizer_of(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         nonlocal model
-        # The first ViT, for distillation puts the student into a module of its own.
+        # The first ViT in the module: with distillation, the student is inside another module.
         vits = [part for part in module.modules() if hasattr(part, "patch_drop")]
         if not vits:
             raise SystemExit(f"{type(module).__name__} has no patch dropout: choose a --model that is a ViT")
@@ -60,10 +60,10 @@ def evolve(options: argparse.Namespace) -> None:
         return resume_and_remember
 
     def scheduler_of(optimizer: Any, *args: Any, **kwargs: Any) -> tuple[Any, int]:
-        """The last thing that the script makes: now weights are loaded, and the same on all ranks."""
+        """The script makes the scheduler last: by then the weights are loaded, and are the same on all ranks."""
         scheduler, epochs = create_scheduler(optimizer, *args, **kwargs)
         if scheduler is None:
-            raise SystemExit("--sched none never says which epoch it is: take --sched constant")
+            raise SystemExit("with --sched none, timm tells nobody the epoch: take --sched constant")
         evolution = launch.evolve(apply_to_timm, model, optimizer, epochs, options)
         if resumed and (extra := launch.saved_extra(resumed)):
             evolution.load_state_dict(extra["evolution"])
@@ -83,7 +83,7 @@ def evolve(options: argparse.Namespace) -> None:
         def update_ends(num_updates: int, *args: Any, **kwargs: Any) -> None:
             step_update(num_updates, *args, **kwargs)
             evolution.set_epoch(num_updates / steps)
-            if num_updates % steps == 0:  # a run that resumes a schedule of updates begins with this, not with step
+            if num_updates % steps == 0:  # a resumed run with a schedule by updates calls this first, not `step`
                 begin(num_updates // steps)
 
         def save_with_masks(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,12 +1,12 @@
 """Evolving masks in code that people train with, one file a code base. Nothing of a host is edited or forked."""
 
+from .callbacks import lightning_callback, trainer_callback
 from .evolution import Evolution
-from .lightly import apply_to_lightly, lightning_callback
+from .hugging_face import apply_to_mim, apply_to_vit_mae
+from .lightly import apply_to_lightly
 from .mae import apply_to_mae
-from .mim import apply_to_mim
 from .stable_pretraining import apply_to_stable_pretraining
 from .timm import apply_to_timm
-from .vit_mae import apply_to_vit_mae, trainer_callback
 
 __all__ = [
     "Evolution",

@@ -5,67 +5,69 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import wraps
+from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
-from inspect import signature
+from inspect import Parameter, signature
 from itertools import zip_longest
-from types import MethodType
-from typing import Any, TypeVar, cast
+from types import SimpleNamespace
+from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import TensorWeakRef
 
-from ..grid import GridSize, resolve_grid
+from ..grid import resolve_grid
+from ..masks import MaskedPatches, Masking
+from ..masks.base import check_masking
 from ..masks.fixed import FixedDraws, kept_random_states
-from ..masks.functional import MaskedPatches
-from ..masks.kinds import Masking
-from ..teachers.encoder import check_patches
+from ..parts import labels_to_parts, segmentation
+from ..teachers import PartTeacher
+from ..teachers.encoder import entry_of
+from ..teachers.host_method import Handler, replace_method, restore_method
 from ..teachers.patch_grid import patch_grid
-from ..teachers.random_masking import host_method
-from ..teachers.teacher import PartTeacher
-from .follow import call_after_steps, is_active, unwrap_optimizer
-from .labels import HOW_TO_GET_A_TEACHER, check_labels, check_teacher, labels_to_grid, takes_argument
-from .watch import Watch
-
-__all__ = ["Evolution", "Teacher"]
-
-F = TypeVar("F", bound=Callable[..., Any])
+from ..teachers.trial import check_patches
+from .eager import Eager
+from .forward_pass import ForwardPass, Given, PastMasks, backward_run, is_same_memory
+from .optimizer_steps import call_after_steps, is_active, unwrap_optimizer
+from .usage import Usage
 
 Teacher = PartTeacher | Callable[..., Any]
+
+HOW_TO_GET_A_TEACHER = "pass PartTeacher(model, GraphCutPartitioner(), total_epochs=epochs)"
+LATER = ("_local", "_lock", "_past", "_followed", "_eager")
+"""What belongs to a process, and is neither copied nor pickled."""
 
 _evolving: WeakSet[nn.Module] = WeakSet()
 
 
-def eager(function: F, **options: Any) -> F:
-    """What torch.compile runs as it is: `torch.compiler.disable`, which has no types."""
-    return cast(F, torch.compiler.disable(function, **options))
-
-
 class Evolution:
-    """Masks in somebody else's model. Made by `apply_to_...`, which says where the model draws them.
+    """Masks in somebody else's model. Made by `apply_to_...`, which says where the model asks for them.
+
+    It can be pickled with its model, as where processes are spawned; `follow` the optimizer anew then.
 
     Args:
-        model: the model whose masks are drawn here.
+        model: the model that is masked.
         masking: the mask.
         teacher: where the mask gets its parts from: a PartTeacher, or any callable from images [B, C, height, width] to
             integer labels, [B, N] or, of any size, [B, h, w]. None for a mask that needs no parts, and where they come
             with each batch: ``see(parts=labels)``.
         student: what the teacher follows; the model where None.
-        where: what draws masks in this model, for messages.
+        where: what asks for masks in this model, for messages.
 
     Attributes:
-        last_mask: the last mask that was drawn, [B, N] float32, 0 keep, 1 remove; None before the first.
-        last_parts: the parts that it was drawn from, [B, N]; None where it needed none.
+        last_mask: the last mask, [B, N] float32, 0 keep, 1 remove; None before the first.
+        last_parts: the parts that it was made from, [B, N] int64; None where it needed none.
+        is_removed: whether `remove` was called.
 
     Raises:
         TypeError: where the masking or the teacher is none.
-        ValueError: where the model has evolving masks already, where the teacher was built for another architecture or
-            length of training, where it would have to follow a model in FSDP1, or where the model hides the size of
-            its patches.
+        ValueError: where the model has evolving masks already, hides the size of its patches or is in FSDP1, or where
+            the teacher was built for another architecture or length of training.
     """
 
     def __init__(
@@ -80,42 +82,76 @@ class Evolution:
         self.student = model if student is None else student
         if model in _evolving:
             raise ValueError(f"this {type(model).__name__} has evolving masks already: call .remove() on them first")
-        if not isinstance(masking, nn.Module):
-            raise TypeError(f"masking={masking!r} is no mask: pass an instance, such as EvolvingMask(epochs)")
-        check_teacher(teacher)
-        if isinstance(teacher, PartTeacher):
-            _refuse_fsdp1(self.student)
-            _check_architecture(teacher, self.student)
+        check_masking(masking)
+        _check_teacher(teacher, self.student)
         epochs, teachers = (getattr(each, "total_epochs", None) for each in (masking, teacher))
         if None not in (epochs, teachers) and epochs != teachers:
             raise ValueError(f"the masking has total_epochs={epochs}, its teacher {teachers}: give both the same")
         self.total_epochs = teachers if epochs is None else epochs
         self.last_mask: Tensor | None = None
         self.last_parts: Tensor | None = None
-        # What a thread has seen since its last mask: nn.DataParallel, for one, runs a model in several threads. No
-        # class of our own, for torch.compile loses what it sets there.
-        self._seen = threading.local()
-        self._masked_before: tuple[Tensor, int, Tensor] | None = None
         needs_parts = any(getattr(mask, "needs_parts", False) for mask in masking.modules())
         self._takes_parts = needs_parts or teacher is not None
-        self._needs_grid = self._takes_parts or getattr(masking, "needs_grid", True)
-        if self._needs_grid:
-            check_patches(model)  # refuses here what it would in the first step
+        self._has_grid = self._find_grid()
         self._has_epoch = not any(hasattr(part, "set_epoch") for part in (masking, teacher))
-        self._watch = Watch(self.student, where, hasattr(teacher, "update") and getattr(teacher, "decay", 0) != 1)
-        self._lock = threading.RLock()
-        self._followed: WeakKeyDictionary[Any, RemovableHandle] = WeakKeyDictionary()
+        self._usage = Usage(self.student, where, hasattr(teacher, "update") and getattr(teacher, "decay", 0) != 1)
         self._fixed: FixedDraws | None = None
-        self._is_removed = False
-        self._undo = ExitStack()
-        # No decorators: they import torch's compiler, which takes seconds, as soon as this package is imported.
-        self._mask_eagerly, self._warn_of_epoch = eager(Evolution._mask_with_parts), eager(_warn_of_epoch)
-        _evolving.add(model)
-        self._undo.callback(_evolving.discard, model)
+        self.is_removed = self._had_labels = False
+        self.undo: list[Callable[[], Any]] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make what belongs to this process."""
+        self._local = threading.local()  # no class of our own, for torch.compile loses what it sets there
+        self._lock = threading.RLock()
+        self._past = PastMasks()
+        self._followed: WeakKeyDictionary[Any, RemovableHandle] = WeakKeyDictionary()
+        self._eager = SimpleNamespace(
+            mask=Eager(Evolution._mask),
+            note_embedding=Eager(_note_embedding_now),
+            run_pass=Eager(_run_pass_now, recursive=False),  # what it calls is compiled
+            warn_of_epoch=Eager(_warn_of_epoch),
+        )
+        if not self.is_removed:
+            _evolving.add(self.model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in LATER}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Evolution:
         """A copy of a model shares its masks."""
         return self
+
+    def __repr__(self) -> str:
+        teacher = type(self.teacher).__name__ if isinstance(self.teacher, nn.Module) else self.teacher
+        facts = {"epoch": self.epoch, "alpha": self.alpha, "num_parts": self.num_parts}
+        now = ", ".join(f"{name}={value:.4g}" for name, value in facts.items() if value is not None)
+        what = f"{type(self.model).__name__}, {type(self.masking).__name__}, teacher={teacher}"
+        return f"Evolution({what}{', ' * bool(now)}{now}{', removed' * self.is_removed})"
+
+    @property
+    def epoch(self) -> float | None:
+        """The epoch that the masks are at, counted from 0; None where nothing of them has one."""
+        epochs = (getattr(part, "epoch", None) for part in (self.masking, self.teacher))
+        return next((float(epoch) for epoch in epochs if epoch is not None), None)
+
+    @property
+    def alpha(self) -> float | None:
+        """The weight of the mask's end, in [0, 1]; None where the mask does not evolve."""
+        alpha = getattr(self.masking, "alpha", None)
+        return None if alpha is None else float(alpha)
+
+    @property
+    def num_parts(self) -> float | None:
+        """How many parts an image of the last mask has, on average; None where it needed none."""
+        parts = self.last_parts
+        if parts is None or not parts.numel():
+            return None
+        return float((parts.sort(1).values.diff(dim=1) != 0).sum(1).add(1).float().mean())
 
     def set_epoch(self, epoch: float) -> Evolution:
         """Move the mask and the teacher to an epoch, and return the evolution.
@@ -123,11 +159,15 @@ class Evolution:
         Args:
             epoch: counted from 0; fractions are progress within an epoch. Clamped to the training.
 
+        Raises:
+            RuntimeError: after `remove`, as `update`, `follow`, `see` and `fixed` do.
+
         Warns:
             UserWarning: once, where the epoch is below 0 or above total_epochs.
         """
+        self._check_active("set_epoch")
         self._has_epoch = True
-        self._watch.check_masks()
+        self._usage.check_masks()
         for part in (self.masking, self.teacher):
             if hasattr(part, "set_epoch"):
                 cast(Any, part).set_epoch(epoch)
@@ -135,9 +175,10 @@ class Evolution:
 
     def update(self) -> None:
         """Move the teacher towards the model: call it after each optimizer step, on every rank, or `follow` does."""
-        self._watch.check_masks()
-        self._watch.awaits_update = False
+        self._check_active("update")
+        self._usage.check_masks()
         if hasattr(self.teacher, "update"):
+            self._usage.note_update()
             if isinstance(self.teacher, PartTeacher):
                 _refuse_fsdp1(self.student)
             cast(Any, self.teacher).update(self.student)
@@ -163,26 +204,28 @@ class Evolution:
             >>> teacher = PartTeacher(vit, GraphCutPartitioner(), total_epochs=100)
             >>> handle = apply_to_timm(vit, EvolvingMask(100), teacher).follow(torch.optim.AdamW(vit.parameters()))
         """
+        self._check_active("follow")
         optimizer = unwrap_optimizer(optimizer)
         if is_active(self._followed.get(optimizer)):
             raise ValueError(f"this {type(optimizer).__name__} is followed already: call follow(optimizer) once")
         handle = self._followed[optimizer] = call_after_steps(optimizer, lambda: self.update())
-        self._undo.callback(handle.remove)
         return handle
 
-    def see(self, images: Tensor | None = None, parts: Tensor | None = None) -> None:
-        """Take what the next mask of this thread is drawn for.
+    def see(self, images: Tensor | None = None, parts: Any = None, ignore: int | None = None) -> None:
+        """Say what the next forward pass of this thread, or the one that is under way, is given.
 
         Args:
-            images: whose patches are masked, where the model does not show them itself: [B, C, height, width].
+            images: whose patches are masked next, where the model does not show them itself: [B, C, height, width].
             parts: that came with the batch, in place of the teacher's: integer labels [B, N], or [B, h, w] of any
-                size.
+                size. They are used for one batch of images, and forgotten at the end of the pass.
+            ignore: a label that does not vote, as for `parts_from_segmentation`.
 
         Raises:
             TypeError: where the parts are no array or tensor.
             ValueError: where neither is given, or the parts are no such labels.
-            RuntimeError: where no mask was drawn since parts were given last; those are forgotten.
+            RuntimeError: where parts were given last and no forward pass began since; those are forgotten.
         """
+        self._check_active("see")
         if images is None and parts is None:
             raise ValueError("see() got neither images nor parts: pass images=..., parts=..., or both")
         if images is not None and images.ndim < 4 and not images.is_floating_point():
@@ -190,31 +233,33 @@ class Evolution:
                 f"images has dtype {images.dtype} and shape {list(images.shape)}, as labels have: call "
                 "see(parts=labels)"
             )
-        if images is not None:
-            self._seen.images = images
+        given = self._passes[-1].given if self._passes else self._waiting
+        given.images = given.images if images is None else images
         if parts is None or not self._takes_parts:
             return
-        was_given = getattr(self._seen, "parts", None) is not None
-        self._seen.parts = None if was_given else check_labels(parts)
+        was_given = given.labels is not None and given.labelled is None
+        given.labels, given.labelled, given.ignore = None, None, ignore
         if was_given:
             raise RuntimeError(
                 "parts were given twice, with no mask in between: call evolution.see(parts=...) once for each batch, "
                 "in the thread that calls the model (nn.DataParallel has its own: use DistributedDataParallel)"
             )
+        given.labels = segmentation.check_labels(parts)
 
     @contextmanager
     def fixed(self, seed: int = 0) -> Iterator[None]:
         """Draw the same masks in every pass over the same images: ``with evolution.fixed(): validate(model)``.
 
         The mask of an image depends on the seed and on how many images came before it in the context, in batches of any
-        size; of several ranks, each is taken to have every so many-th image, as DistributedSampler gives them. torch's
-        random states are afterwards what they were before.
+        size; of several ranks, each is taken to have every so many-th image, as DistributedSampler gives them. So do
+        the parts of a teacher that draws, such as one with an EMPartitioner, which is then asked for one image at a
+        time. torch's random states are afterwards what they were before.
 
         Args:
             seed: any whole number of at least 0.
         """
-        ranks = (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
-        before, self._fixed = self._fixed, FixedDraws(seed, *ranks)
+        self._check_active("fixed")
+        before, self._fixed = self._fixed, FixedDraws(seed, *_ranks())
         try:
             with kept_random_states():
                 yield
@@ -222,169 +267,191 @@ class Evolution:
             self._fixed = before
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the mask and of the teacher, to be saved with the model's."""
-        teacher = cast(Any, self.teacher).state_dict() if self._has_state else None
-        return {"masking": self.masking.state_dict(), "teacher": teacher, "total_epochs": self.total_epochs}
+        """The state of the mask and of the teacher, to be saved with the model's.
+
+        Its tensors are copies: a distributed checkpoint, which is loaded in place, changes nothing before
+        `load_state_dict` has accepted it.
+        """
+        teacher = _copied(cast(Any, self.teacher).state_dict()) if self._has_state else None
+        return {"masking": _copied(self.masking.state_dict()), "teacher": teacher, "total_epochs": self.total_epochs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state.
+        """Go on from a saved state. One that is refused changes nothing.
 
         Raises:
             TypeError: where it is no dictionary.
             ValueError: where the state has a teacher and this has none, or the other way round, or where it is that of
                 a training of another length.
         """
-        if not isinstance(state, Mapping):
-            raise TypeError(
-                f"state={state!r:.100} is no state of an evolution: pass what evolution.state_dict() returned; where "
-                "it was saved, read the file with torch.load first"
-            )
-        if not {"masking", "teacher"} <= state.keys():
-            keys, more = ", ".join(map(str, [*state][:5])), f" and {len(state) - 5} more" if len(state) > 5 else ""
-            raise ValueError(
-                f"this is no state of an evolution, for it has the keys {keys}{more}: pass what evolution.state_dict() "
-                "returned"
-            )
-        if (state["teacher"] is None) == self._has_state:
-            ours, theirs = ("a teacher", "none") if self._has_state else ("no teacher", "one")
-            raise ValueError(
-                f"this evolution has {ours}, the saved state {theirs}: resume with the masks it began with"
-            )
-        epochs = state.get("total_epochs")  # older states do not have it
-        if None not in (epochs, self.total_epochs) and epochs != self.total_epochs:
-            raise ValueError(
-                f"the saved state is that of a training of total_epochs={epochs}, but the masks were made with "
-                f"{self.total_epochs}: resume with the same"
-            )
+        _check_state(state, self._has_state, self.total_epochs)
+        before = _copied(self.masking.state_dict())
         self.masking.load_state_dict(state["masking"])
         if self._has_state:
-            cast(Any, self.teacher).load_state_dict(state["teacher"])
+            try:
+                cast(Any, self.teacher).load_state_dict(state["teacher"])
+            except Exception:
+                self.masking.load_state_dict(before)
+                raise
         self._has_epoch = True
 
     def remove(self) -> None:
         """Give the model its own masks back, and copies of it theirs."""
-        self._is_removed = True
-        self._undo.close()
+        self.is_removed = True
+        _evolving.discard(self.model)
+        for handle in self._followed.values():
+            handle.remove()
+        while self.undo:
+            self.undo.pop()()
 
     # Below: what integrations are made of.
 
-    def replace(self, owner: nn.Module, name: str, value: Callable[..., Any]) -> None:
-        """Set a method of a module until `remove`.
+    def replace(self, owner: nn.Module, name: str, handler: Handler) -> None:
+        """Let `handler(evolution, module, own, *args, **kwargs)` answer calls of a method of a module until `remove`.
 
-        `value` is called with the module, or its copy, and its own method as a function, before the arguments of the
-        call.
+        It gets the module, or its copy, and its own method. It must be a function of a module, or a partial of one.
         """
-        before, own = vars(owner).get(name), _unbound(host_method(owner, name))
+        replace_method(owner, name, self, handler)
+        self.undo.append(partial(restore_method, owner, name))
 
-        @wraps(own)
-        def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self._is_removed:  # and this module a copy that was made before
-                return own(module, *args, **kwargs)
-            return value(module, own, *args, **kwargs)
+    def begin_passes(self, owner: nn.Module, *names: str, shows_images: bool = False) -> None:
+        """Let calls of methods be forward passes, until `remove`; a teacher may be shown the images of such a call."""
+        for name in names:
+            self.replace(owner, name, partial(_run_pass, shows_images))
 
-        cast(Any, method).own = own
-        # A method, so that a copy of the module (its average, say) runs its own weights.
-        vars(owner)[name] = MethodType(method, owner)
-        self._undo.callback(lambda: vars(owner).pop(name) if before is None else vars(owner).update({name: before}))
+    def note_images(self, embed: nn.Module) -> None:
+        """Note the images of each forward pass, by its entry and by the module that embeds patches, until `remove`."""
+        entry, name = entry_of(self.model)
+        self.begin_passes(entry, name, shows_images=True)
+        others = {"forward", "forward_encoder", "forward_features"} - ({name} if entry is self.model else set())
+        self.begin_passes(self.model, *sorted(other for other in others if hasattr(self.model, other)))
+        self.undo.append(embed.register_forward_hook(partial(_note_embedding, self), with_kwargs=True).remove)
 
-    def watch(self, embed: nn.Module) -> None:
-        """See the images, the first argument of the module that embeds them, until `remove`."""
+    @contextmanager
+    def forward_pass(self, module: nn.Module, images: list[Tensor]) -> Iterator[None]:
+        """What happens in this context belongs to one forward pass of a module."""
+        outer = self._passes[-1] if self._passes and self._passes[-1].module is module else None
+        this = ForwardPass(module, images, self._take_given() if outer is None else outer.given)
+        self._passes.append(this)
+        try:
+            yield
+        finally:
+            self._passes.remove(this)
+        if outer is not None:
+            outer.is_masked |= this.is_masked
+            outer.embedded += [] if this.is_masked else this.embedded
+        elif this.embedded and not this.is_masked and module.training and torch.is_grad_enabled():
+            self._usage.end_pass()
 
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self._is_removed:
-                self.embedding(module)
-                self._seen.images = args[0] if args else next(iter(kwargs.values()))
+    def mask(
+        self, x: Tensor, keep: int, grid_size: tuple[int, int] | None = None, images: Tensor | None = None
+    ) -> MaskedPatches:
+        """Let `keep` of the patches x, [B, N, D], of the images of this forward pass stay, or of those that are named.
 
-        self._undo.callback(embed.register_forward_pre_hook(see, with_kwargs=True).remove)
-
-    def hook(self, module: nn.Module, change: Callable[[nn.Module, dict[str, Any]], dict[str, Any] | None]) -> None:
-        """Let `change` say what a module, or its copy, is called with, until `remove`.
-
-        It is called with the module and the arguments of the call by name; None leaves them as they are.
+        Their grid is that of the model where `grid_size` is None.
         """
-        names = list(signature(type(module).forward).parameters)[1:]
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-            if self._is_removed:  # and this module a copy that was made before
-                return None
-            changed = change(module, dict(zip(names, args, strict=False)) | kwargs)
-            return None if changed is None else ((), changed)
-
-        self._undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-
-    def embedding(self, module: nn.Module) -> None:
-        """Note that a module embeds images now."""
-        if module.training and torch.is_grad_enabled():
-            self._watch.note_embedding()
-
-    @property
-    def images(self) -> Tensor | None:
-        """The images of this thread that have not been masked yet."""
-        return getattr(self._seen, "images", None)
-
-    def mask(self, x: Tensor, mask_ratio: float, grid_size: tuple[int, int] | None = None) -> MaskedPatches:
-        """Mask the patches [B, N, D] of the images that the model was given last; on its patch grid where None."""
-        # Each batch of images is masked once, so that no patches are masked with the parts of other images.
-        images, self._seen.images = getattr(self._seen, "images", None), None
-        if images is None:
-            raise RuntimeError(
-                f"{type(self.model).__name__} masks patches of images that it has not embedded since the last mask: "
-                "call the whole model. With activation checkpointing, checkpoint the model or its blocks, so that "
-                "images are embedded again where they are masked again"
-            )
-        self._watch.is_masked = True
+        self._usage.is_masked = True
         if not self._has_epoch and self.model.training:
             self._has_epoch = True
-            self._warn_of_epoch()
-        x = x.unflatten(1, grid_size or resolve_grid(x.shape[1], self._grid(x, images)))
-        if self._takes_parts or self._fixed is not None or _is_distributed():
-            masked = self._mask_eagerly(self, x, mask_ratio, images)
+            self._eager.warn_of_epoch()
+        if self._takes_parts or self._fixed is not None or _ranks()[1] > 1:
+            masked: MaskedPatches = self._eager.mask(self, x, keep, grid_size, images)
         else:
-            masked = cast(MaskedPatches, self.masking(x, mask_ratio))
+            grid_size = grid_size or self._grid_of(x, getattr(self._local, "shape", None))
+            masked = self.masking(x.unflatten(1, grid_size), keep=keep)
         self.last_mask = masked.mask.detach()
         return masked
 
-    def _grid(self, x: Tensor, images: Tensor) -> GridSize:
-        if self._needs_grid:
-            return patch_grid(self.model, images)
-        return self.masking.grid_size or (1, x.shape[1])  # where patches lie does not matter
-
-    def _mask_with_parts(self, x: Tensor, mask_ratio: float, images: Tensor) -> MaskedPatches:
+    def _mask(self, x: Tensor, keep: int, grid_size: tuple[int, int] | None, images: Tensor | None) -> MaskedPatches:
         """Outside of a compiled model, which can trace neither a teacher nor a generator."""
-        if self.masking.needs_parts and self.model.training and torch.is_grad_enabled():
-            self._watch.check_updates()
-        parts = self.last_parts = self._parts(images, (x.shape[1], x.shape[2]))
+        parts = None
+        for each in self._passes[-1:]:
+            each.is_masked = True
+        if self._takes_parts:
+            if self.masking.needs_parts and self.model.training and torch.is_grad_enabled():
+                self._usage.check_updates()
+            with torch.no_grad():
+                parts, grid_size = self._parts(x, grid_size, images)
+        x = x.unflatten(1, grid_size or self._grid_of(x, getattr(self._local, "shape", None)))
+        self.last_parts = parts
         if self._fixed is not None:
-            return self._fixed.mask(self.masking, x, mask_ratio, parts)
+            return self._fixed.mask(self.masking, x, keep, parts)
         generator = _generator_of_rank(x.device)
-        return cast(MaskedPatches, self.masking(x, mask_ratio, parts=parts, generator=generator))
+        return cast(MaskedPatches, self.masking(x, keep=keep, parts=parts, generator=generator))
 
-    @torch.no_grad()
-    def _parts(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor | None:
-        parts = self._given_parts(images)
+    def _parts(
+        self, x: Tensor, grid_size: tuple[int, int] | None, images: Tensor | None
+    ) -> tuple[Tensor | None, tuple[int, int]]:
+        """The parts of the images whose patches are x, and the grid of these."""
+        given = self._passes[-1].given if self._passes else self._take_given()
+        images, embedded = self._find_images(x, given) if images is None else (images, images)
+        run = backward_run()
+        past = None if run is None else self._past.find(images, run)
+        if past is not None:  # activation checkpointing repeats that mask
+            images, parts = past
+        elif run is not None and self._had_labels:
+            raise RuntimeError(
+                "activation checkpointing repeats a mask whose labels are not found, for its images are made anew in "
+                "each pass: checkpoint the blocks of the model, not the whole step"
+            )
+        grid_size = grid_size or self._grid_of(x, images)
+        if past is None:
+            parts = self._given_parts(given, images, grid_size)
+            self._past.add(images, embedded, parts)
         if parts is None and self.masking.needs_parts:
             with self._lock:  # for a model that is read has hooks, which other threads would run into
                 parts = self._ask_teacher(images, grid_size)
-        return None if parts is None else labels_to_grid(parts.to(images.device), grid_size)
+        return parts, grid_size
 
-    def _given_parts(self, images: Tensor) -> Tensor | None:
+    def _find_images(self, x: Tensor, given: Given) -> tuple[Tensor, Tensor]:
+        """The images whose patches are x, and what the model embedded of them."""
+        if given.images is not None:
+            images, given.images = given.images, None
+            return images, images
+        if self._passes:
+            found = self._passes[-1].images_of(x)
+        else:  # another method than those that begin a pass embeds and masks
+            last, self._local.last = getattr(self._local, "last", None), None
+            taken = None if last is None else last()
+            found = None if taken is None else (taken, taken)
+        if found is None:
+            raise self._not_embedded()
+        return found
+
+    def _not_embedded(self) -> RuntimeError:
+        return RuntimeError(
+            f"{type(self.model).__name__} masks patches of images that it has not embedded in this forward pass: call "
+            "the whole model. With activation checkpointing, checkpoint the model or its blocks, so that images are "
+            "embedded again where they are masked again"
+        )
+
+    def _grid_of(self, x: Tensor, images: Tensor | None) -> tuple[int, int]:
+        if not self._has_grid:  # it does not matter where patches lie
+            return resolve_grid(x.shape[1], self.masking.grid_size or (1, x.shape[1]))
+        if images is None:
+            raise self._not_embedded()
+        return resolve_grid(x.shape[1], patch_grid(self.model, images))
+
+    def _given_parts(self, given: Given, images: Tensor, grid_size: tuple[int, int]) -> Tensor | None:
         """The parts that came with these images, if any."""
-        parts: Tensor | None = getattr(self._seen, "parts", None)
-        self._seen.parts = None
-        version = 0 if images.is_inference() else images._version
-        if parts is None:
-            # Activation checkpointing masks the same images again, maybe in another thread.
-            before = self._masked_before
-            is_again = before is not None and before[1] == version and _is_alias(before[0], images)
-            return before[2] if before is not None and is_again else None
-        if len(parts) != len(images):
+        labels = given.labels
+        if labels is None or not (given.labelled is None or is_same_memory(given.labelled, images)):
+            return None
+        if len(labels) != len(images):
+            given.labels = None
             raise ValueError(
-                f"parts of {len(parts)} images were given, of shape {list(parts.shape)}, but {len(images)} images are "
-                "masked: call evolution.see(parts=...) with the parts of the batch that the model is then called with. "
-                "A map [h, w] of one image is labels[None]"
+                f"parts of {len(labels)} images were given, of shape {list(labels.shape)}, but {len(images)} images "
+                "are masked: call evolution.see with the parts of the next batch. A map [h, w] alone is labels[None]"
             )
-        self._masked_before = images, version, parts
-        return parts
+        given.labelled, self._had_labels = images, True
+        return self._to_grid(labels.to(images.device), grid_size, given.ignore)
+
+    def _to_grid(self, labels: Any, grid_size: tuple[int, int], ignore: int | None = None) -> Tensor:
+        if labels.ndim == 3 and not self._has_grid:
+            raise ValueError(
+                f"parts has shape {list(labels.shape)}, but this {type(self.model).__name__} has no patch grid with "
+                f"two sides for maps: give labels of patches, [B, {grid_size[0] * grid_size[1]}]"
+            )
+        return labels_to_parts(labels, grid_size, ignore)
 
     def _ask_teacher(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
         if self.teacher is None:
@@ -396,21 +463,86 @@ class Evolution:
         if isinstance(self.teacher, PartTeacher):
             if self.teacher.epoch.device != images.device:  # the model was moved after the teacher was built
                 self.teacher.to(images.device)
-            _refuse_fsdp1(self.student)
             self.teacher.catch_up(self.student)
-        also = {"grid_size": grid_size} if takes_argument(self.teacher, "grid_size") else {}
-        parts = check_labels(self.teacher(images, **also))
-        if len(parts) != len(images):
+        also = {"grid_size": grid_size} if _has_parameter(self.teacher, "grid_size") else {}
+        labels = _ask(partial(self.teacher, **also), images, self._fixed)
+        if len(labels) != len(images):
             raise ValueError(
-                f"the teacher returned labels of {len(parts)} images for {len(images)}, of shape {list(parts.shape)}: "
-                "return [B, N] or [B, h, w]. A map [h, w] of one image is labels[None]"
+                f"the teacher returned labels of {len(labels)} images for {len(images)}, of shape "
+                f"{list(labels.shape)}: return [B, N] or [B, h, w]. A map [h, w] alone is labels[None]"
             )
-        return parts
+        return self._to_grid(labels.to(images.device), grid_size)
+
+    def _find_grid(self) -> bool:
+        """Whether patches lie on a grid with two sides. A mask or a teacher that needs one is refused here without."""
+        if self._takes_parts or self.masking.needs_grid:
+            try:
+                check_patches(self.model)
+                return True
+            except ValueError:
+                if self.masking.needs_grid or self.teacher is not None:
+                    raise
+        return False
+
+    @property
+    def _passes(self) -> list[ForwardPass]:
+        """The forward passes of this thread that are under way, the innermost last."""
+        return cast(list[ForwardPass], vars(self._local).setdefault("passes", []))
+
+    @property
+    def _waiting(self) -> Given:
+        """What was given for the next forward pass of this thread."""
+        return cast(Given, vars(self._local).setdefault("waiting", Given()))
+
+    def _take_given(self) -> Given:
+        if backward_run() is not None:  # what waits is for the next batch
+            return Given()
+        given, self._local.waiting = self._waiting, Given()
+        return given
+
+    def _check_active(self, name: str) -> None:
+        if self.is_removed:
+            raise RuntimeError(f"{name}() was called after remove(): apply masks to the model anew with apply_to_...")
 
     @property
     def _has_state(self) -> bool:
         """Whether the teacher changes over training."""
         return hasattr(self.teacher, "set_epoch") and hasattr(self.teacher, "state_dict")
+
+
+def _run_pass(shows_images: bool, evolution: Evolution, module: nn.Module, own: Any, *args: Any, **kwargs: Any) -> Any:
+    """A method of the model as a forward pass, or as a part of one."""
+    if not torch.compiler.is_compiling():
+        return _run_pass_now(shows_images, evolution, module, own, *args, **kwargs)
+    if evolution._takes_parts:
+        return evolution._eager.run_pass(shows_images, evolution, module, own, *args, **kwargs)
+    return own(*args, **kwargs)
+
+
+def _run_pass_now(shows_images: bool, evolution: Evolution, module: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)] if shows_images else []
+    with evolution.forward_pass(module, [value for value in tensors if value.shape == tensors[0].shape]):
+        return own(*args, **kwargs)
+
+
+def _note_embedding(evolution: Evolution, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    """After the patch embedding of the model, or of a copy."""
+    if evolution.is_removed:
+        return
+    taken = args[0] if args else next(iter(kwargs.values()))
+    if module.training and torch.is_grad_enabled():
+        evolution._usage.is_embedded = True
+    evolution._local.shape = taken.new_empty((0, *taken.shape[1:]))  # no images, which would stay in memory
+    if not torch.compiler.is_compiling():
+        _note_embedding_now(evolution, taken, output)
+    elif evolution._takes_parts:
+        evolution._eager.note_embedding(evolution, taken, output)
+
+
+def _note_embedding_now(evolution: Evolution, taken: Tensor, made: Any) -> None:
+    for each in evolution._passes[-1:]:
+        each.note_embedding(taken, made)
+    evolution._local.last = None if evolution._passes else TensorWeakRef(taken)
 
 
 def import_host(name: str, package: str) -> Any:
@@ -421,17 +553,58 @@ def import_host(name: str, package: str) -> Any:
         raise ImportError(f"this needs {name}: pip install {package}") from error
 
 
-def _check_architecture(teacher: PartTeacher, student: nn.Module) -> None:
-    """Refuse a teacher whose average could not follow the student."""
+def _ask(teacher: Callable[[Tensor], Any], images: Tensor, fixed: FixedDraws | None) -> Tensor:
+    """What a teacher says; while masks are fixed, one that draws is asked for one image at a time, each with a seed."""
+    if fixed is None:
+        return segmentation.check_labels(teacher(images))
+    with kept_random_states():
+        before = _random_states(images.device)
+        labels = segmentation.check_labels(teacher(images))
+        if all(map(torch.equal, before, _random_states(images.device))):
+            return labels
+        drawn = []
+        for index in range(len(images)):
+            seed = int(np.random.SeedSequence([fixed.seed, fixed.place + index * fixed.step]).generate_state(1)[0])
+            torch.default_generator.manual_seed(seed)
+            if images.is_cuda:
+                torch.cuda.default_generators[images.device.index].manual_seed(seed)
+            drawn.append(segmentation.check_labels(teacher(images[index : index + 1])))
+        return torch.cat(drawn) if drawn else labels
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _check_teacher(teacher: Any, student: nn.Module) -> None:
+    """Refuse what cannot turn images into labels, and an average that could not follow the student."""
+    if teacher is None:
+        return
+    wants_affinity = isinstance(teacher, nn.Module) and _has_parameter(teacher, "affinity")
+    if isinstance(teacher, type | Masking) or not callable(teacher) or wants_affinity:
+        raise TypeError(
+            f"teacher={teacher!r} is no PartTeacher, and no function from images to labels: {HOW_TO_GET_A_TEACHER}"
+        )
+    if not isinstance(teacher, PartTeacher):
+        return
+    _refuse_fsdp1(student)
     ours = [(name, list(value.shape)) for name, value in teacher.model.module.named_parameters()]
     theirs = [(name, list(value.shape)) for name, value in student.named_parameters()]
-    if ours == theirs:
-        return
-    different = next(pair for pair in zip_longest(ours, theirs) if pair[0] != pair[1])
-    raise ValueError(
-        f"the teacher was built for another architecture than this {type(student).__name__}: the teacher has the "
-        f"parameter {different[0]}, the model {different[1]}. Build it from this model: PartTeacher(model, ...)"
-    )
+    if ours != theirs:
+        different = next(pair for pair in zip_longest(ours, theirs) if pair[0] != pair[1])
+        raise ValueError(
+            f"the teacher was built for another architecture than this {type(student).__name__}: the teacher has the "
+            f"parameter {different[0]}, the model {different[1]}. Build it from this model: PartTeacher(model, ...)"
+        )
+
+
+def _has_parameter(function: Any, name: str) -> bool:
+    """Whether a function or module can be called with an argument of this name."""
+    try:
+        parameters = signature(function.forward if isinstance(function, nn.Module) else function).parameters
+    except (TypeError, ValueError):  # of some built-in functions
+        return False
+    return name in parameters and parameters[name].kind is not Parameter.POSITIONAL_ONLY
 
 
 def _refuse_fsdp1(student: nn.Module) -> None:
@@ -444,20 +617,30 @@ def _refuse_fsdp1(student: nn.Module) -> None:
         )
 
 
-def _unbound(method: Any) -> Callable[..., Any]:
-    """The function of a method; of a function that is none, one that takes a module first, which it does not need."""
-    if isinstance(method, MethodType):
-        return method.__func__
+def _check_state(state: Any, has_teacher: bool, total_epochs: float | None) -> None:
+    """Refuse what is no state of an evolution, or that of another."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state={state!r:.100} is no state of an evolution: read the file with torch.load first")
+    if not {"masking", "teacher"} <= state.keys():
+        keys, more = ", ".join(map(str, [*state][:5])), f" and {len(state) - 5} more" if len(state) > 5 else ""
+        raise ValueError(
+            f"this is no state of an evolution, for it has the keys {keys}{more}: pass what evolution.state_dict() "
+            "returned"
+        )
+    if (state["teacher"] is None) == has_teacher:
+        ours, theirs = ("a teacher", "none") if has_teacher else ("no teacher", "one")
+        raise ValueError(f"this evolution has {ours}, the saved state {theirs}: resume with the masks it began with")
+    epochs = state.get("total_epochs")  # older states do not have it
+    if None not in (epochs, total_epochs) and epochs != total_epochs:
+        raise ValueError(
+            f"the saved state is that of a training of total_epochs={epochs}, but the masks were made with "
+            f"{total_epochs}: resume with the same"
+        )
 
-    @wraps(method)
-    def function(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return method(*args, **kwargs)
 
-    return function
-
-
-def _is_alias(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state with tensors of its own."""
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 def _warn_of_epoch() -> None:
@@ -468,13 +651,15 @@ def _warn_of_epoch() -> None:
     )
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _ranks() -> tuple[int, int]:
+    """Of this process, and of all."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def _generator_of_rank(device: torch.device) -> torch.Generator | None:
     """A source of randomness that differs between ranks even where all were seeded alike, and follows that seed."""
-    if not _is_distributed():
+    rank, ranks = _ranks()
+    if ranks == 1:
         return None
-    seed = int(torch.randint(1 << 62, ())) + dist.get_rank() * 0x1E3779B97F4A7C15
+    seed = int(torch.randint(1 << 62, ())) + rank * 0x1E3779B97F4A7C15
     return torch.Generator(device).manual_seed(seed % (1 << 63))

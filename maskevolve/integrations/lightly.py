@@ -1,26 +1,22 @@
 """Lightly's MAE (https://docs.lightly.ai/self-supervised-learning/examples/mae.html), in torch or in Lightning."""
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial
 from inspect import signature
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..masks.kinds import Masking
-from ..teachers.teacher import PartTeacher, unwrap
-from .evolution import Evolution, Teacher, eager, import_host
-from .views import first_images, images_of
-
-__all__ = ["apply_to_lightly", "lightning_callback"]
+from ..masks import MaskedPatches, Masking
+from ..teachers import PartTeacher
+from ..teachers.average import unwrap
+from .eager import Eager
+from .evolution import Evolution, Teacher, import_host
+from .images import mask_images, tensors_in
 
 STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 """The methods of an MAE that take images and may draw a mask."""
@@ -44,23 +40,21 @@ def apply_to_lightly(mae: nn.Module, masking: Masking, teacher: Teacher | None =
         mae: a LightningModule or plain module that has a MaskedVisionTransformerTIMM (or another encoder of Lightly's)
             in it; wrapped in DistributedDataParallel or compiled or not.
         masking: the mask.
-        teacher: where the mask gets its parts from: a PartTeacher that was built from ``mae.backbone`` or
-            ``mae.backbone.vit``, or any callable from images to integer labels, [B, N] or, of any size, [B, h, w]. None
-            for a mask that needs none, and where they come with each batch: ``evolution.see(parts=labels)``.
+        teacher: where the mask gets its parts from: see `Evolution`. A PartTeacher is built from ``mae.backbone`` or
+            ``mae.backbone.vit``.
 
     Returns:
-        Evolution: call ``.set_epoch(epoch)`` in each epoch, ``.update()`` after each optimizer step, or leave both to
-        `lightning_callback`. Where a step makes the images itself, call ``.see(images)`` before it draws a mask.
+        Evolution: what moves the masks along, by hand or in `lightning_callback`. Where a step makes the images itself,
+        call ``.see(images)`` before it draws a mask.
 
     Raises:
         ImportError: where lightly is not installed.
         TypeError: where the module has no encoder of Lightly's in it, or no step that could draw a mask.
-        ValueError: where it has evolving masks already, or the teacher was built for another architecture. At the first
-            mask that needs parts, where there are none.
+        ValueError: as `Evolution`.
 
     Source: https://github.com/lightly-ai/lightly/blob/master/examples/pytorch_lightning/mae.py
     """
-    utils = import_host("lightly.models.utils", "'lightly[timm]'")
+    import_host("lightly.models.utils", "'lightly[timm]'")
     mae = unwrap(mae)
     backbones = [module for module in mae.modules() if hasattr(module, "images_to_tokens")]
     trained = (each for each in backbones if any(weight.requires_grad for weight in each.parameters()))
@@ -76,118 +70,16 @@ def apply_to_lightly(mae: nn.Module, masking: Masking, teacher: Teacher | None =
     vit: Any = getattr(backbone, "vit", backbone)
     of_vit = isinstance(teacher, PartTeacher) and type(teacher.model.module) is type(vit)
     evolution = Evolution(backbone, masking, teacher, vit if of_vit else backbone, "utils.random_token_mask")
-    prefix: int = getattr(vit, "num_prefix_tokens", 1)
-
-    def rank(step: _Step, batch: int, count: int, ratio: float, device: torch.device) -> Tensor:
-        """The place of each patch [B, N] in the order in which they stay."""
-        patches = torch.zeros(batch, count, 1, device=device)
-        if evolution.images is None:
-            evolution.see(_find_images(step, backbone, patches, masking.needs_parts))
-        masked = evolution.mask(patches, ratio)
-        return masked.ids_restore
-
-    def draw(step: _Step, idx_keep: Tensor, idx_mask: Tensor) -> tuple[Tensor, Tensor]:
-        batch, keep = idx_keep.shape[0], idx_keep.shape[1] - prefix
-        count = keep + idx_mask.shape[1]
-        ratio = max(0.0, 1 - (keep + 0.5) / count)  # half a patch more, against rounding
-        order = rank(step, batch, count, ratio, idx_keep.device).argsort(1) + prefix
-        before = torch.arange(prefix, device=order.device).expand(batch, -1)
-        return torch.cat([before, order[:, :keep]], 1), order[:, keep:]
-
-    def draw_blocks(step: _Step, counts: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        if not isinstance(masking, Masking):
-            raise TypeError(
-                "random_block_mask masks another number of patches in each image, for which "
-                f"{type(masking).__name__} must be a maskevolve.masks.Masking"
-            )
-        # Each image has its own number: the order of all patches says which.
-        count = grid_size[0] * grid_size[1]
-        place = rank(step, len(counts), count, 0.0, counts.device)
-        return (place >= count - counts[:, None]).view(-1, *grid_size)
-
-    for name in steps:
-        evolution.replace(mae, name, _drawing_step(utils, draw, draw_blocks))
+    run_step = partial(_run_step, getattr(vit, "num_prefix_tokens", 1))
+    for name in steps:  # what they and the encoder call is compiled
+        evolution.replace(mae, name, Eager(run_step, recursive=False))
     for each in backbones:
-        evolution.replace(each, "encode", _checked_encode(evolution))
+        evolution.replace(each, "encode", Eager(_encode, recursive=False))
     return evolution
 
 
-def lightning_callback(evolution: Evolution) -> Any:
-    """What moves an evolution along under Lightning: ``Trainer(..., callbacks=[lightning_callback(evolution)])``.
-
-    It sets the epoch before each batch, fractions included, and updates the teacher after each step of an optimizer of
-    the model (not of a probe beside it) that a GradScaler does not skip. Lightning's checkpoints hold the evolution, so
-    that a resumed run goes on. `alpha` and `num_parts` are logged.
-
-    Args:
-        evolution: what `apply_to_lightly`, `apply_to_stable_pretraining` or any other integration returned.
-
-    Returns:
-        A Callback, of `lightning.pytorch` and of `pytorch_lightning` alike.
-
-    Raises:
-        ImportError: where neither is installed.
-    """
-    # Lightly imports pytorch_lightning. Whoever uses the other one has imported it by now.
-    hosts = [sys.modules[name] for name in ("lightning.pytorch", "pytorch_lightning") if sys.modules.get(name)]
-    hosts = hosts or [import_host("pytorch_lightning", "pytorch-lightning")]
-    base: Any = type("Callback", tuple(host.Callback for host in hosts), {})
-
-    class EvolutionCallback(base):
-        state_key = "maskevolve"
-
-        def __init__(self) -> None:
-            self.hooks: list[Any] = []
-
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            self.remove_hooks()
-            optimizers = _optimizers_of(evolution.student, trainer.optimizers)
-            self.hooks = [evolution.follow(optimizer) for optimizer in optimizers]
-
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            # An endless loader has infinitely many batches: its epoch stays a whole number.
-            evolution.set_epoch(trainer.current_epoch + batch_idx / trainer.num_training_batches)
-
-            if hasattr(evolution.masking, "alpha"):
-                pl_module.log("alpha", evolution.masking.alpha, prog_bar=True)
-            if hasattr(evolution.teacher, "num_parts"):
-                pl_module.log("num_parts", float(cast(Any, evolution.teacher).num_parts))
-
-        def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-            self.remove_hooks()
-
-        def remove_hooks(self) -> None:
-            while self.hooks:
-                self.hooks.pop().remove()
-
-        def state_dict(self) -> dict[str, Any]:
-            return evolution.state_dict()
-
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            evolution.load_state_dict(state_dict)
-
-    return EvolutionCallback()
-
-
-def _optimizers_of(student: nn.Module, optimizers: list[Any]) -> list[Any]:
-    """Those that train the student, not a probe beside it; all where its weights are in none, as in DeepSpeed."""
-    weights = set(student.parameters())
-    own = [each for each in optimizers if any(weights.intersection(group["params"]) for group in each.param_groups)]
-    return own or optimizers
-
-
-@dataclass
-class _Step:
-    """A step of an MAE that is under way in this thread."""
-
-    given: Any
-    draw: Callable[..., tuple[Tensor, Tensor]]
-    draw_blocks: Callable[..., Tensor]
-    outer: _Step | None
-    has_drawn: bool = False
-
-
-_current: ContextVar[_Step | None] = ContextVar("step", default=None)
+_current: ContextVar[tuple[Evolution, int] | None] = ContextVar("step", default=None)
+"""The step that is under way in this thread: whose masks it draws, and how many prefix tokens there are."""
 _lock = Lock()
 _steps_running = 0
 _own: dict[str, Callable[..., Any]] = {}
@@ -198,26 +90,37 @@ def _is_written(method: Any) -> bool:
     return method is not None and method.__module__.split(".")[0] not in ("torch", "lightning", "pytorch_lightning")
 
 
-def _drawing_step(
-    utils: Any, draw: Callable[..., tuple[Tensor, Tensor]], draw_blocks: Callable[..., Tensor]
-) -> Callable[..., Any]:
+def _run_step(
+    prefix: int, evolution: Evolution, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     """A method during which Lightly's functions draw ours."""
+    with _replaced(), evolution.forward_pass(module, tensors_in((args, kwargs))):
+        token = _current.set((evolution, prefix))
+        try:
+            return own(*args, **kwargs)
+        finally:
+            _current.reset(token)
 
-    def step(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with _replaced(utils):
-            token = _current.set(_Step((args, kwargs), draw, draw_blocks, _current.get()))
-            try:
-                return own(module, *args, **kwargs)
-            finally:
-                _current.reset(token)
 
-    return eager(step, recursive=False)  # what it calls is compiled
+def _encode(evolution: Evolution, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The encoder's method, which refuses masks that are not ours."""
+    masks = (*args[1:], *(value for name, value in kwargs.items() if name != "images"))
+    is_drawn = any(each.is_masked for each in evolution._passes)
+    if module.training and not is_drawn and any(mask is not None for mask in masks):
+        raise RuntimeError(
+            f"{type(module).__name__} has evolving masks, but was given one that they did not draw: {HOW_TO_DRAW}. "
+            "To train with masks of your own, call .remove() on the evolution"
+        )
+    if module.training and torch.is_grad_enabled():
+        evolution._usage.is_embedded = True
+    return own(*args, **kwargs)
 
 
 @contextmanager
-def _replaced(utils: Any) -> Iterator[None]:
+def _replaced() -> Iterator[None]:
     """Lightly's functions ask the current step, for as long as any step runs in any thread."""
     global _steps_running
+    utils = import_host("lightly.models.utils", "'lightly[timm]'")
     with _lock:
         _steps_running += 1
         if _steps_running == 1:
@@ -234,81 +137,43 @@ def _replaced(utils: Any) -> Iterator[None]:
 
 @cache  # the same one for each step: compiled code depends on it
 def _asking(own: Callable[..., Any]) -> Callable[..., Any]:
+    return Eager(partial(_ask, own))
+
+
+def _ask(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """One of Lightly's functions, which asks the step that runs in this thread, if any."""
+    step = _current.get()
+    if step is None:
+        return own(*args, **kwargs)
+    evolution, prefix = step
+    evolution._passes[-1].is_masked = True
+    if own.__name__ == "random_block_mask":
+        return _draw_blocks(evolution, own, *args, **kwargs)
+    idx_keep, idx_mask = own(*args, **kwargs)  # for their shapes and device, and for errors in the arguments
+    keep = idx_keep.shape[1] - prefix
+    masked = _mask(evolution, len(idx_keep), keep + idx_mask.shape[1], keep, idx_keep.device)
+    before = torch.arange(prefix, device=idx_keep.device).expand(len(idx_keep), -1)
+    ours, theirs = (masked.ids_restore.argsort(1) + prefix).tensor_split([keep], 1)
+    if own.__name__ == "random_inverse_block_mask":  # in the order of the patches
+        ours, theirs = ours.sort(1).values, theirs.sort(1).values
+    return torch.cat([before, ours], 1), theirs
 
-    @wraps(own)
-    def random_mask(*args: Any, **kwargs: Any) -> Any:
-        step = _current.get()
-        if step is None:
-            return own(*args, **kwargs)
-        step.has_drawn = True
-        if own.__name__ == "random_block_mask":
-            return _ask_for_blocks(step, own, *args, **kwargs)
-        idx_keep, idx_mask = own(*args, **kwargs)  # for their shapes and device, and for errors in the arguments
-        idx_keep, idx_mask = step.draw(step, idx_keep, idx_mask)
-        if own.__name__ == "random_inverse_block_mask":
-            return idx_keep.sort(1).values, idx_mask.sort(1).values
-        return idx_keep, idx_mask
 
-    return eager(random_mask)
-
-
-def _ask_for_blocks(step: _Step, own: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+def _draw_blocks(evolution: Evolution, own: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """As many patches of each image as Lightly's function masks, which waits for the device unless that is the CPU."""
     call = signature(own).bind(*args, **kwargs)
     device = call.arguments.get("device")
     call.arguments["device"] = "cpu"
     blocks = own(*call.args, **call.kwargs)
     counts = blocks.sum((1, 2)).to(torch.get_default_device() if device is None else device)
-    return step.draw_blocks(step, counts, (blocks.shape[1], blocks.shape[2]))
+    # Each image has its own number: the order of all patches says which.
+    count = blocks[0].numel()
+    mask = _mask(evolution, len(blocks), count, count, counts.device).ids_restore >= count - counts[:, None]
+    evolution.last_mask = mask.float()
+    return mask.view(blocks.shape)
 
 
-def _checked_encode(evolution: Evolution) -> Callable[..., Any]:
-    """The encoder's method, which refuses masks that are not ours."""
-
-    def encode(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        masks = (*args[1:], *(value for name, value in kwargs.items() if name != "images"))
-        steps = _outwards(_current.get())
-        if module.training and not any(step.has_drawn for step in steps) and any(mask is not None for mask in masks):
-            raise RuntimeError(
-                f"{type(module).__name__} has evolving masks, but was given one that they did not draw: {HOW_TO_DRAW}. "
-                "To train with masks of your own, call .remove() on the evolution"
-            )
-        evolution.embedding(module)
-        return own(module, *args, **kwargs)
-
-    return eager(encode, recursive=False)
-
-
-def _outwards(step: _Step | None) -> Iterator[_Step]:
-    while step is not None:
-        yield step
-        step = step.outer
-
-
-def _find_images(step: _Step, backbone: nn.Module, patches: Tensor, only: bool) -> Tensor:
-    """The images of these patches [B, N, 1] among what the step was given; `only` where there must be no choice."""
-    batch, count = patches.shape[:2]
-    found: dict[int, Tensor] = {}
-    for giver in _outwards(step):
-        views = images_of(backbone, _tensors(giver.given), count)
-        found |= {id(view): view for view in views if len(view) == batch}
-        joined = None if found else first_images(views, batch)
-        if joined is not None:
-            return joined
-        if len(found) == 1 or (found and not only):
-            return next(iter(found.values()))
-        if found:
-            break
-    raise RuntimeError(
-        f"the mask is drawn for {batch} images of {count} patches, but the arguments of the step hold {len(found)} "
-        "tensors that could be these images: call evolution.see(images) before the mask is drawn"
-    )
-
-
-def _tensors(given: Any) -> Iterator[Tensor]:
-    if isinstance(given, Tensor):
-        yield given
-    elif isinstance(given, dict | list | tuple):
-        for value in given.values() if isinstance(given, dict) else given:
-            yield from _tensors(value)
+def _mask(evolution: Evolution, batch: int, count: int, keep: int, device: torch.device) -> MaskedPatches:
+    # Which images they are does not matter where there are no parts.
+    patches = torch.zeros(batch, count, 1, device=device)
+    return mask_images(evolution, patches, keep, is_first=not evolution.masking.needs_parts)

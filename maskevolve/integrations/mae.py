@@ -1,19 +1,27 @@
 """The official MAE (https://github.com/facebookresearch/mae) and every model with its `random_masking`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..masks.kinds import Masking
-from ..teachers.random_masking import Result, UnknownResultsError, arrange, call_reader, host_method, learn_results
-from ..teachers.teacher import unwrap
-from .evolution import Evolution, Teacher, eager
-
-__all__ = ["apply_to_mae"]
+from ..masks import Masking, num_visible
+from ..teachers.average import unwrap
+from ..teachers.encoder import is_fatal
+from ..teachers.host_method import host_method
+from ..teachers.random_masking import (
+    CallSpec,
+    Result,
+    UnknownResultsError,
+    arrange,
+    call_spec,
+    learn_results,
+    read_call,
+)
+from .eager import Eager
+from .evolution import Evolution, Teacher
 
 
 def apply_to_mae(
@@ -25,64 +33,94 @@ def apply_to_mae(
 ) -> Evolution:
     """Let an MAE mask with `masking`, in place of its own `random_masking(x, mask_ratio, ...)`.
 
-    Further arguments of that are left alone, but where one is a tensor, such as noise, the mask is the model's own.
-    What is returned is what the model's own returns, in its order: visible patches, mask, ids_restore, ids_keep.
+    What is returned is what the model's own returns, in its order: visible patches, mask, ids_restore, ids_keep. Of
+    further arguments, a second ratio is honoured (CrossMAE's `kept_mask_ratio`), a tensor, such as noise, means that
+    the mask is the model's own, and any other is refused where it is not its default or, without a default, not that
+    of the first call.
 
     Args:
         model: the MAE, wrapped in DistributedDataParallel or compiled or not; it must have `random_masking` and
             `patch_embed`, as the official one, its forks and mmpretrain's have.
         masking: the mask.
-        teacher: where the mask gets its parts from: a PartTeacher that was built from the same model, or any callable
-            from images to integer labels, [B, N] or, of any size, [B, h, w]. None for a mask that needs none, and where
-            they come with each batch: ``evolution.see(parts=labels)``.
+        teacher: where the mask gets its parts from: see `Evolution`. A PartTeacher is built from the same model.
         patch_size: in pixels, for a model whose patch embedding does not say. It is noted there, as
-            ``model.patch_embed.patch_size``; set that yourself before you build a PartTeacher from such a model.
+            ``model.patch_embed.patch_size``, until `remove`; set that yourself before you build a PartTeacher from
+            such a model.
 
     Returns:
-        Evolution: call ``.set_epoch(epoch)`` in each epoch, ``.update()`` after each optimizer step.
+        Evolution: what moves the masks along.
 
     Raises:
         TypeError: where the model has no such method, or one that returns something else.
-        ValueError: where it has evolving masks already, or the teacher was built for another architecture. At the first
-            mask that needs parts, where there are none.
+        ValueError: as `Evolution`.
 
     Source: https://github.com/facebookresearch/mae
     """
     model = unwrap(model)
     for name in ("random_masking", "patch_embed"):
         if not hasattr(model, name):
-            raise TypeError(
-                f"{type(model).__name__} has no `{name}`, as the official MAE has: set it, or use apply_to_timm, "
-                "apply_to_vit_mae or apply_to_lightly for a model of these"
-            )
+            inside = [inner for inner, module in model.named_modules() if hasattr(module, name)]
+            instead = f"pass model.{inside[0]}, which has it" if inside else "see docs/hosts for other code bases"
+            raise TypeError(f"{type(model).__name__} has no `{name}`, as the official MAE has: {instead}")
+    own = host_method(model, "random_masking")
+    spec, embed = call_spec(own), cast(Any, model.get_submodule("patch_embed"))
+    learned: dict[Any, Any] = {(): _try(own, embed)}
+    undo = partial(_set_patch_size, embed, vars(embed).get("patch_size"))
     if patch_size is not None:
-        cast(Any, model.patch_embed).patch_size = patch_size
-    own: Any = host_method(model, "random_masking")
-    read, results = call_reader(own), _try(own, model)
-    evolution = Evolution(model, masking, teacher, where=f"{type(model).__name__}.random_masking")
-
-    def random_masking(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        nonlocal results
-        x, mask_ratio, brings_mask = read(*args, **kwargs)
-        if brings_mask:
-            return own(module, *args, **kwargs)
-        if results is None:
-            results = eager(learn_results)(lambda: own(module, *args, **kwargs), x)
-        return arrange(evolution.mask(x, mask_ratio), results)
-
-    evolution.watch(model.get_submodule("patch_embed"))
-    evolution.replace(model, "random_masking", random_masking)
+        embed.patch_size = patch_size
+    try:
+        evolution = Evolution(model, masking, teacher, where=f"{type(model).__name__}.random_masking")
+    except Exception:
+        undo()
+        raise
+    evolution.undo.append(undo)
+    evolution.note_images(embed)
+    evolution.replace(model, "random_masking", partial(_random_masking, spec, learned))
     return evolution
 
 
-def _try(own: Callable[..., Any], model: nn.Module) -> tuple[Result, ...] | None:
+def _random_masking(
+    spec: CallSpec,
+    learned: dict[Any, Any],
+    evolution: Evolution,
+    module: nn.Module,
+    own: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    x, mask_ratio, others = read_call(spec, args, kwargs)
+    if any(isinstance(value, Tensor) for value in others.values()):
+        return own(*args, **kwargs)
+    for name, value in others.items():
+        if "ratio" not in name and (name in spec.defaults or learned.setdefault(name, value) != value):
+            raise ValueError(
+                f"random_masking was given {name}={value!r}, which masks that evolve cannot honour: leave it at "
+                f"{spec.defaults.get(name, learned.get(name))!r}, or call .remove() on the evolution"
+            )
+    # What a second ratio asks for holds for so many patches only.
+    asked = (x.shape[1], mask_ratio, *others.items()) if others else ()
+    if learned.get(asked) is None and not len(x):
+        return own(*args, **kwargs)
+    if learned.get(asked) is None:
+        learned[asked] = Eager(learn_results)(partial(own, *args, **kwargs), x)
+    return arrange(evolution.mask(x, num_visible(x.shape[1], mask_ratio)), learned[asked])
+
+
+def _try(own: Callable[..., Any], embed: Any) -> tuple[Result, ...] | None:
     """What the model's own random_masking returns, or None where only the model knows how to call it."""
-    number = getattr(model.patch_embed, "num_patches", 64)
+    number = getattr(embed, "num_patches", 64)
     number = number if isinstance(number, int) else 64
     x = torch.arange(4.0 * number).view(2, number, 2)
     try:
-        return learn_results(lambda: own(x, 0.75), x)
+        return learn_results(partial(own, x, 0.75), x)
     except UnknownResultsError:
         raise
-    except Exception:  # whatever it needs, it is asked again when it is called
+    except Exception as error:  # whatever it needs, it is asked again when it is called
+        if is_fatal(error):
+            raise
         return None
+
+
+def _set_patch_size(embed: nn.Module, patch_size: Any) -> None:
+    vars(embed).pop("patch_size", None)
+    vars(embed).update({} if patch_size is None else {"patch_size": patch_size})

@@ -1,8 +1,7 @@
 """timm's NaFlexVit on images of several sizes in one batch: patches with coordinates, padded to one length."""
 
-from __future__ import annotations
-
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,46 +9,50 @@ from torch import Tensor, nn
 
 from .evolution import Evolution
 
-__all__ = ["NaFlexBatch", "drop_patches"]
-
 
 class NaFlexBatch(NamedTuple):
     """What timm's NaFlexEmbeds is given: see `timm.data.naflex_dataset.NaFlexCollator`."""
 
-    x: Tensor
-    """Patches [B, L, P * P * C] or, of any patch size, [B, L, P, P, C]; or images."""
-    patch_coord: Tensor | None = None
-    """[B, L, 2] int64: row and column; None where these are images."""
-    patch_valid: Tensor | None = None
-    """[B, L] bool: False is padding; None where there is none."""
+    embeds: Any  # the NaFlexEmbeds, which knows the size and the layout of its patches
+    x: Tensor  # patches [B, L, P * P * C] or, of any patch size, [B, L, P, P, C]
+    patch_coord: Tensor  # [B, L, 2] int64: row and column
+    patch_valid: Tensor | None = None  # [B, L] bool: False is padding; None where there is none
 
 
-def drop_patches(evolution: Evolution, batch: NaFlexBatch, embeds: Any, rate: float, count: int) -> Tensor:
+def note_batch(evolution: Evolution, vit: Any, own: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Embed what a NaFlexVit is given: images, or patches with coordinates, which the patch dropout must know."""
+    given = dict(zip(("patch_coord", "patch_valid"), args, strict=False)) | kwargs
+    if given.get("patch_coord") is None:
+        return own(x, *args, **kwargs)
+    evolution._local.naflex = NaFlexBatch(vit.embeds, x, given["patch_coord"], given.get("patch_valid"))
+    try:
+        return own(x, *args, **kwargs)
+    finally:
+        evolution._local.naflex = None
+
+
+def batch_of(evolution: Evolution) -> NaFlexBatch | None:
+    """The patches with coordinates that this thread embeds; None where it embeds images."""
+    return getattr(evolution._local, "naflex", None)
+
+
+def drop_patches(evolution: Evolution, batch: NaFlexBatch, rate: float, count: int) -> Tensor:
     """Which patches stay, when every image loses the same share of its own patches.
 
     Images of one size are masked together, each on its own grid, so padding is neither drawn for nor counted. An image
     with fewer patches than others keeps padding in their place, which the attention of NaFlexVit does not see. The
     host waits for the coordinates, as timm does where it interpolates its position embeddings.
 
-    Args:
-        evolution: draws the masks.
-        batch: the patches, L of each image.
-        embeds: the NaFlexEmbeds of the model, which knows their size and layout.
-        rate: share of the patches to drop.
-        count: how many of the L stay, `int(L * (1 - rate))`.
-
-    Returns:
-        [B, count] int64, on the device of the patches.
+    Of the L patches of each image, `count` stay, ``int(L * (1 - rate))``: [B, count] int64, on their device.
     """
     length, device = batch.x.shape[1], batch.x.device
     # Patches that stay come first, padding next, those that are dropped last.
     rank = torch.full(batch.x.shape[:2], length, device=device)
     for grid_size, (images, places) in _by_grid(batch).items():
         image, place = torch.tensor(images, device=device)[:, None], torch.stack(places).to(device)
-        evolution.see(_pictures(batch.x[image, place], grid_size, embeds))
-        number = place.shape[1]
-        # As in timm, one patch stays at least.
-        masked = evolution.mask(torch.zeros(*place.shape, 1, device=device), min(rate, max(0.0, 1 - 1.5 / number)))
+        pictures = _pictures(batch.x[image, place], grid_size, batch.embeds)
+        keep = max(1, int(place.shape[1] * (1 - rate)))  # as in timm, one patch stays at least
+        masked = evolution.mask(torch.zeros(*place.shape, 1, device=device), keep, grid_size, pictures)
         rank[image, place] = masked.ids_restore + 2 * length * masked.mask.long()
     return rank.argsort(1)[:, :count]
 
@@ -57,7 +60,6 @@ def drop_patches(evolution: Evolution, batch: NaFlexBatch, embeds: Any, rate: fl
 def _by_grid(batch: NaFlexBatch) -> dict[tuple[int, int], tuple[list[int], list[Tensor]]]:
     """For each grid (H, W): the images that have it, and where each has its patches, row by row, [H * W] int64."""
     groups: dict[tuple[int, int], tuple[list[int], list[Tensor]]] = defaultdict(lambda: ([], []))
-    assert batch.patch_coord is not None
     coordinates = batch.patch_coord.cpu()
     everything = torch.ones(coordinates.shape[:2], dtype=torch.bool)
     valid = everything if batch.patch_valid is None else batch.patch_valid.bool().cpu()
@@ -87,8 +89,8 @@ def _pictures(patches: Tensor, grid_size: tuple[int, int], embeds: Any) -> Tenso
         patches = patches.unflatten(2, (rows, columns, -1) if channels_last else (-1, rows, columns))
     if channels_last:
         patches = patches.movedim(-1, 2)
-    images = patches.unflatten(1, grid_size).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    images: Tensor = patches.unflatten(1, grid_size).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
     size = (grid_size[0] * rows, grid_size[1] * columns)
-    return (
-        images if images.shape[2:] == size else nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
-    )
+    if images.shape[2:] != size:
+        images = nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+    return images

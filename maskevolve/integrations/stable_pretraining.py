@@ -1,7 +1,5 @@
 """stable-pretraining (https://github.com/galilai-group/stable-pretraining): its MAE, SimMIM, iBOT, DINOv2 and more."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from inspect import signature
 from typing import Any
@@ -9,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..masks.kinds import Masking
-from ..teachers.teacher import PartTeacher, unwrap
-from .evolution import Evolution, Teacher, eager, import_host
-from .views import first_images, images_of
-
-__all__ = ["apply_to_stable_pretraining"]
+from ..masks import Masking
+from ..teachers import PartTeacher
+from ..teachers.average import unwrap
+from .eager import Eager
+from .evolution import Evolution, Teacher, import_host
+from .images import mask_images, tensors_in
 
 
 def apply_to_stable_pretraining(module: nn.Module, masking: Masking, teacher: Teacher | None = None) -> Evolution:
@@ -29,20 +27,17 @@ def apply_to_stable_pretraining(module: nn.Module, masking: Masking, teacher: Te
         module: such a method, its MaskedEncoder, or a module with one of either in it; wrapped in
             DistributedDataParallel or compiled or not.
         masking: the mask.
-        teacher: where the mask gets its parts from: a PartTeacher that was built from the MaskedEncoder or from the ViT
-            that trains, such as ``module.encoder.vit``, or any callable from images to integer labels, [B, N] or, of
-            any size, [B, h, w]. None for a mask that needs none, and where they come with each batch:
-            ``evolution.see(parts=labels)``.
+        teacher: where the mask gets its parts from: see `Evolution`. A PartTeacher is built from the MaskedEncoder or
+            from the ViT that trains, such as ``module.encoder.vit``.
 
     Returns:
-        Evolution: call ``.set_epoch(epoch)`` in each epoch, ``.update()`` after each optimizer step, or leave both to
-        `lightning_callback`. Where a method masks images that its `forward` makes itself, call ``.see(images)`` first.
+        Evolution: what moves the masks along, by hand or in `lightning_callback`. Where a method masks images that its
+        `forward` makes itself, call ``.see(images)`` first.
 
     Raises:
         ImportError: where stable-pretraining is not installed.
         TypeError: where nothing in the module draws such masks, or more than one does.
-        ValueError: where it has evolving masks already, or the teacher was built for another architecture or from a
-            whole module. At the first mask that needs parts, where there are none.
+        ValueError: where the teacher was built from a whole module, and as `Evolution`.
 
     Source: https://github.com/galilai-group/stable-pretraining
     """
@@ -52,12 +47,15 @@ def apply_to_stable_pretraining(module: nn.Module, masking: Masking, teacher: Te
     _check_draw(owner)
     model = next((inner for inner in owner.modules() if hasattr(inner, "patch_embed")), owner)
     drawn = "_random_mask" if hasattr(owner, "_random_mask") else "masking"
-    where = f"{type(owner).__name__}.{drawn}"
-    evolution = Evolution(model, masking, teacher, _find_student(module, model, teacher), where)
+    student = _find_student(module, model, teacher)
+    evolution = Evolution(model, masking, teacher, student, f"{type(owner).__name__}.{drawn}")
     if isinstance(owner, backbone.MaskedEncoder):
-        _replace_masking(evolution, owner)
+        evolution.note_images(owner.patch_embed)
+        evolution.replace(owner.masking, "forward", _mask_tokens)
     else:
-        _replace_random_mask(evolution, owner)
+        returns_pair = len(signature(owner._random_mask).parameters) == 1
+        evolution.replace(owner, "forward", Eager(_run_method, recursive=False))
+        evolution.replace(owner, "_random_mask", _draw_pair if returns_pair else _draw_mask)
     return evolution
 
 
@@ -113,59 +111,41 @@ def _find_student(module: nn.Module, model: nn.Module, teacher: Any) -> nn.Modul
     return next((inner for inner in same if any(weight.requires_grad for weight in inner.parameters())), model)
 
 
-def _replace_masking(evolution: Evolution, encoder: Any) -> None:
-    """Mask in place of the masking of a MaskedEncoder."""
+# What the host draws for one image on the CPU, where that waits for no device, says how many patches stay.
+
+
+def _mask_tokens(
+    evolution: Evolution, masking: nn.Module, own: Callable[..., Any], x: Tensor, grid_h: int, grid_w: int
+) -> Any:
+    """In place of the `masking` of a MaskedEncoder."""
+    keep = own(torch.zeros_like(x[:1], device="cpu"), grid_h, grid_w).ids_keep.shape[1]
+    if keep == x.shape[1]:  # in eval mode, say
+        return own(x, grid_h, grid_w)
+    visible, mask, ids_restore = evolution.mask(x, keep, (grid_h, grid_w))
     output: Any = import_host("stable_pretraining.backbone.patch_masking", "stable-pretraining").MaskingOutput
-
-    def forward(masking: nn.Module, own: Callable[..., Any], x: Tensor, grid_h: int, grid_w: int) -> Any:
-        # What the host draws for one image on the CPU, where that waits for no device, says how many patches stay.
-        keep = own(masking, torch.zeros_like(x[:1], device="cpu"), grid_h, grid_w).ids_keep.shape[1]
-        if keep == x.shape[1]:  # in eval mode, say
-            return own(masking, x, grid_h, grid_w)
-        visible, mask, ids_restore = evolution.mask(x, _ratio(keep, x.shape[1]))
-        return output(visible, mask, ids_restore, ids_restore.argsort(1)[:, :keep])
-
-    evolution.watch(encoder.patch_embed)
-    evolution.replace(encoder.masking, "forward", eager(forward))
+    return output(visible, mask, ids_restore, ids_restore.argsort(1)[:, :keep])
 
 
-def _replace_random_mask(evolution: Evolution, method: Any) -> None:
-    """Mask in place of a method's `_random_mask`, which draws for the first images that its `forward` was given."""
-    order = signature(method.forward)
-    given: list[Tensor] = []
-
-    def forward(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        values = order.bind(*args, **kwargs).arguments.values()
-        listed = (value if isinstance(value, list | tuple) else [value] for value in values)
-        given[:] = [tensor for value in listed for tensor in value if isinstance(tensor, Tensor)]
-        try:
-            return own(module, *args, **kwargs)
-        finally:
-            given.clear()
-
-    def see(batch: int, count: int) -> None:
-        images = first_images(images_of(evolution.model, given, count), batch)
-        if images is not None:
-            evolution.see(images)
-
-    # As above, one image on the CPU says how many patches the host removes.
-    def boolean(module: nn.Module, own: Callable[..., Tensor], B: int, N: int, device: torch.device | str) -> Tensor:
-        see(B, N)
-        keep = N - int(own(module, 1, N, "cpu").sum())
-        return evolution.mask(torch.zeros(B, N, 1, device=device), _ratio(keep, N)).mask
-
-    def pair(module: nn.Module, own: Callable[..., tuple[Tensor, Tensor]], x: Tensor) -> tuple[Tensor, Tensor]:
-        """CrossMAE's: what stays, and what of the rest is predicted."""
-        see(*x.shape[:2])
-        visible, predicted = own(module, torch.zeros_like(x[:1], device="cpu"))
-        masked = evolution.mask(x, _ratio(visible.shape[1], x.shape[1]))
-        return masked.visible, masked.ids_restore >= x.shape[1] - int(predicted.sum())
-
-    draw = pair if len(signature(method._random_mask).parameters) == 1 else boolean
-    evolution.replace(method, "forward", eager(forward, recursive=False))
-    evolution.replace(method, "_random_mask", eager(draw))
+def _run_method(evolution: Evolution, method: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The `forward` of a method, a forward pass that draws for the first images that it is given."""
+    given = signature(type(method).forward).bind(method, *args, **kwargs).arguments.values()
+    with evolution.forward_pass(method, tensors_in(given)):
+        return own(*args, **kwargs)
 
 
-def _ratio(keep: int, count: int) -> float:
-    """The mask ratio that keeps so many of `count` patches, half a patch off against rounding."""
-    return max(0.0, 1 - (keep + 0.5) / count)
+def _draw_mask(
+    evolution: Evolution, method: nn.Module, own: Callable[..., Tensor], B: int, N: int, device: torch.device | str
+) -> Tensor:
+    """In place of a `_random_mask` that returns which patches are removed, [B, N] bool."""
+    keep = N - int(own(1, N, "cpu").sum())
+    mask: Tensor = mask_images(evolution, torch.zeros(B, N, 1, device=device), keep, is_first=True).mask
+    return mask
+
+
+def _draw_pair(
+    evolution: Evolution, method: nn.Module, own: Callable[..., tuple[Tensor, Tensor]], x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """In place of CrossMAE's, which returns what stays and what of the rest is predicted."""
+    visible, predicted = own(torch.zeros_like(x[:1], device="cpu"))
+    masked = mask_images(evolution, x, visible.shape[1], is_first=True)
+    return masked.visible, masked.ids_restore >= x.shape[1] - int(predicted.sum())

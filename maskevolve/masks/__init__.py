@@ -1,6 +1,13 @@
-"""Masks: scores a patch, one sort, one gather."""
+"""Masks: a score for each patch, one sort, one gather."""
 
-from .functional import MaskedPatches
-from .kinds import BlockMask, EvolvingMask, GridMask, Masking, PartMask, RandomMask
+from .base import Masking
+from .evolving import EvolvingMask
+from .fixed import fixed_masks
+from .functional import MaskedPatches, block_scores, grid_scores, mask_patches, part_scores, random_scores
+from .functional import to_unit_range as to_unit_range
+from .kinds import BlockMask, GridMask, PartMask, RandomMask
+from .mask_ratio import num_visible
 
-__all__ = ["BlockMask", "EvolvingMask", "GridMask", "MaskedPatches", "Masking", "PartMask", "RandomMask"]
+__all__ = ["BlockMask", "EvolvingMask", "GridMask", "MaskedPatches", "Masking", "PartMask", "RandomMask", "fixed_masks"]
+__all__ += ["block_scores", "grid_scores", "mask_patches", "num_visible", "part_scores"]
+__all__ += ["random_scores", "to_unit_range"]

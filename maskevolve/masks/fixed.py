@@ -1,43 +1,35 @@
 """The same masks in every evaluation, whatever training has drawn before."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .base import Masking, check_masking
 from .functional import MaskedPatches
-from .kinds import Masking
-
-__all__ = ["FixedDraws", "fixed_masks"]
+from .mask_ratio import num_visible
 
 
 class FixedDraws:
     """Masks that depend on a seed and on the place of each image, not on the batches that images come in.
-
-    Args:
-        seed: any whole number of at least 0.
-        rank: of this process, which is given every `ranks`-th image, as DistributedSampler does.
-        ranks: number of processes.
+    This process, `rank` of `ranks`, is given every `ranks`-th image, as DistributedSampler does.
     """
 
     def __init__(self, seed: int = 0, rank: int = 0, ranks: int = 1) -> None:
         self.seed, self.place, self.step = seed, rank, ranks
 
-    def mask(self, masking: Any, x: Tensor, mask_ratio: float, parts: Tensor | None = None) -> MaskedPatches:
-        """Mask the next images: x as a mask takes it."""
-        drawn = []
-        for index in range(len(x)):
+    def mask(self, masking: Any, x: Tensor, keep: int, parts: Tensor | None = None) -> MaskedPatches:
+        """Mask the next images so that `keep` patches of each stay: x and parts as a mask takes them."""
+        drawn: list[MaskedPatches] = []
+        for one in x.split(1) if len(x) else [x]:  # an empty batch is one call, too
             # Mixed, for torch's generators on the CPU take 32 bits of a seed.
             seed = int(np.random.SeedSequence([self.seed, self.place]).generate_state(1)[0])
-            one = slice(index, index + 1)
-            generator = torch.Generator(x.device).manual_seed(seed)
-            drawn.append(masking(x[one], mask_ratio, parts=None if parts is None else parts[one], generator=generator))
-            self.place += self.step
+            own = None if parts is None else parts[len(drawn) : len(drawn) + 1]
+            drawn.append(masking(one, keep=keep, parts=own, generator=torch.Generator(x.device).manual_seed(seed)))
+            self.place += self.step * len(one)
         return MaskedPatches(*map(torch.cat, zip(*drawn, strict=True)))
 
 
@@ -45,14 +37,10 @@ class FixedDraws:
 def fixed_masks(masking: Masking, seed: int = 0) -> Iterator[None]:
     """Let a mask remove the same patches in every pass over the same images, as for a validation loss.
 
-    The mask of an image depends on the seed and on how many images came before it in the context, in batches of any
-    size: `draw` is called for one image at a time. torch's random states are afterwards what they were before. The mask
-    stays that of its epoch, and parts may change: for losses that are to be compared between epochs, use a mask that
-    does not evolve, such as RandomMask(). For a patched model, use `Evolution.fixed`.
-
-    Args:
-        masking: the mask.
-        seed: any whole number of at least 0.
+    The mask of an image depends on the seed, any whole number of at least 0, and on how many images came before it in
+    the context, in batches of any size: `draw` is called for one image at a time. torch's random states are afterwards
+    what they were before. The mask stays that of its epoch, and parts may change: for losses that are to be compared
+    between epochs, use a mask that does not evolve, such as RandomMask(). For a patched model, use `Evolution.fixed`.
 
     Examples:
         >>> from maskevolve import GridMask
@@ -63,21 +51,11 @@ def fixed_masks(masking: Masking, seed: int = 0) -> Iterator[None]:
         >>> torch.equal(*masks)
         True
     """
-    if not isinstance(masking, nn.Module) or not hasattr(masking, "scores"):
-        raise TypeError(
-            f"masking is a {type(masking).__name__}, but must be a mask, such as RandomMask(); in a patched model, use "
-            "`with evolution.fixed(seed):`"
-        )
+    check_masking(masking, hint="; in a patched model, use `with evolution.fixed(seed):`")
     draws, own, before = FixedDraws(seed), masking.forward, vars(masking).get("forward")
 
-    def forward(
-        x: Tensor,
-        mask_ratio: float = 0.75,
-        *,
-        parts: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> MaskedPatches:
-        return draws.mask(own, x, mask_ratio, parts)
+    def forward(x: Any, mask_ratio: float = 0.75, *, keep: Any = None, parts: Any = None, generator: Any = None) -> Any:
+        return draws.mask(own, x, num_visible(masking.flatten(x)[0].shape[1], mask_ratio, keep), parts)
 
     vars(masking)["forward"] = forward
     try:
@@ -89,9 +67,6 @@ def fixed_masks(masking: Masking, seed: int = 0) -> Iterator[None]:
             vars(masking)["forward"] = before
 
 
-@contextmanager
-def kept_random_states() -> Iterator[None]:
+def kept_random_states() -> AbstractContextManager[None]:
     """Random states of the CPU and of the current GPU are afterwards what they were before."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        yield
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])

@@ -1,14 +1,13 @@
 """Segmentations of pixels to parts: a label for each patch."""
 
-from __future__ import annotations
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..checks import is_whole
+from ..checks import check_tensor, is_whole
 from ..grid import GridSize, check_grid
-
-__all__ = ["parts_from_segmentation"]
 
 
 def parts_from_segmentation(labels: Tensor, grid_size: GridSize, ignore: int | None = None) -> Tensor:
@@ -19,82 +18,104 @@ def parts_from_segmentation(labels: Tensor, grid_size: GridSize, ignore: int | N
     the pixel that holds its own centre: the nearest.
 
     Args:
-        labels: [B, height, width] of any integer type or bool; labels may be negative and have gaps.
+        labels: [B, height, width] of any integer type or bool; labels may be negative and have gaps. Those of uint64
+            from 2 ** 63 on count as negative.
         grid_size: the side of a square patch grid, or (H, W), in patches.
         ignore: a label that does not vote, such as 255 or -1 for pixels that nobody labelled. Patches without any other
             label are a part of their own, under the number of that label.
 
     Returns:
-        parts [B, N] int64 >= 0: equal within an image where the labels are. They keep their numbers, except in an image
-        with negative ones, where they are renumbered 0, 1, ... in their order.
+        parts [B, H * W] int64 >= 0: equal within an image where the labels are. They keep their numbers, except in an
+        image with negative ones, where they are renumbered 0, 1, ... in their order.
+        Memory: about 50 bytes for each pixel, and nothing for each label. No wait of the host.
 
     Raises:
-        ValueError: where labels is not [B, height, width] or of a float type, or where grid_size or ignore is no whole
-            number.
-
-    Shape:
-        labels [B, height, width] to parts [B, H * W].
-        Memory: about 50 bytes for each pixel, and nothing for each label. No wait of the host.
+        TypeError: where labels is no tensor.
+        ValueError: where labels is not [B, height, width] or of floats, or grid_size or ignore is no whole number.
 
     Examples:
         >>> labels = torch.tensor([[[7, 7, 255, 255], [7, 3, 255, 3]]])
         >>> parts_from_segmentation(labels, (1, 2)), parts_from_segmentation(labels, (1, 2), ignore=255)
         (tensor([[  7, 255]]), tensor([[7, 3]]))
     """
-    _check(labels, ignore)
-    height, width = check_grid(grid_size)
-    rows, real_rows = _pixels_of_cells(labels.shape[1], height, labels.device)
-    columns, real_columns = _pixels_of_cells(labels.shape[2], width, labels.device)
-    pixels = labels.long()[:, rows[:, None, :, None], columns[:, None, :]].flatten(3)  # [B, H, W, pixels of a patch]
+    labels = check_labels(plain_tensor("labels", labels), "labels")
+    if labels.ndim != 3:
+        raise ValueError(f"labels has shape {list(labels.shape)}, but must be [B, height, width]: use labels[None]")
+    return labels_to_parts(labels, grid_size, ignore)
+
+
+def labels_to_parts(labels: Any, grid_size: GridSize, ignore: int | None = None) -> Tensor:
+    """Labels of patches [B, N] or maps [B, h, w], a tensor or an array, to parts: see `parts_from_segmentation`.
+
+    Returns:
+        parts [B, N] int64 >= 0, on the device of the labels. Raises as there, and where N is not that of the grid.
+
+    Examples:
+        >>> labels_to_parts(np.array([[3, -1]]), (1, 2)), labels_to_parts(np.array([[[3, 3, -1]]]), (1, 2), ignore=-1)
+        (tensor([[1, 0]]), tensor([[3, 3]]))
+    """
+    labels, (height, width) = check_labels(labels), check_grid(grid_size)
+    if ignore is not None and not (is_whole(ignore) and -(2**63) <= ignore < 2**64):
+        raise ValueError(f"ignore={ignore!r} must be one label, a whole number, or None")
+    if labels.ndim == 3:
+        labels = _majority(labels, height, width, ignore)
+    if labels.shape[1] != height * width:
+        raise ValueError(f"parts has shape {list(labels.shape)}, but {grid_size=} has N={height * width} patches")
+    return torch.where((labels < 0).any(1, keepdim=True), renumber(labels), labels)
+
+
+def check_labels(labels: Any, name: str = "parts") -> Tensor:
+    """Labels, a tensor or an array, as int64 where they are, NumPy's on the CPU; an error where these are no labels."""
+    if not hasattr(labels, "shape"):
+        raise TypeError(f"{name} is a {type(labels).__name__}, but must be a tensor: torch.stack or torch.as_tensor")
+    is_tensor = isinstance(labels, Tensor)
+    labels = plain_tensor(name, labels) if is_tensor else np.asarray(labels)
+    if labels.is_floating_point() or labels.is_complex() if is_tensor else labels.dtype.kind not in "biu":
+        raise ValueError(
+            f"{name} has dtype {labels.dtype}, but labels are integers: use {name}.long() where they are labels; where "
+            "a ViT is to cut the parts, pass FrozenTeacher(vit, GraphCutPartitioner(), total_epochs=epochs)"
+        )
+    if labels.ndim not in (2, 3) or 0 in labels.shape[1:]:
+        what = "a label for each patch [B, N], or maps of them [B, h, w]: labels[:, 0] drops a channel"
+        raise ValueError(f"{name} has shape {list(labels.shape)}, but must be {what}")
+    return labels.long() if is_tensor else torch.from_numpy(labels.astype(np.int64))
+
+
+def plain_tensor(name: str, value: Any) -> Tensor:
+    """A tensor as torch's own type, since two subclasses do not mix; TypeError where the value is no tensor."""
+    check_tensor(name, value)
+    return value if type(value) is Tensor else value.as_subclass(Tensor)
+
+
+def renumber(labels: Tensor) -> Tensor:
+    """[B, N] labels to 0..k-1 without gaps in each image, in their order."""
+    values, order = labels.sort(1)
+    return torch.empty_like(labels).scatter_(1, order, (values.diff(dim=1, prepend=values[:, :1]) != 0).cumsum(1))
+
+
+def _majority(pixels: Tensor, height: int, width: int, ignore: int | None) -> Tensor:
+    """[B, height, width] labels of pixels to the label [B, H * W] that most pixels of each patch have."""
+    rows, real_rows = _pixels_of_cells(pixels.shape[1], height, pixels.device)
+    columns, real_columns = _pixels_of_cells(pixels.shape[2], width, pixels.device)
+    pixels = pixels[:, rows[:, None, :, None], columns[:, None, :]].flatten(3)  # [B, H, W, pixels of a patch]
     votes = (real_rows[:, None, :, None] & real_columns[:, None, :]).flatten(2).expand_as(pixels)
     if ignore is not None:
-        votes = votes & (pixels != ignore)
-    return _without_negative(_most_frequent(pixels, votes).flatten(1))
+        votes = votes & (pixels != (ignore if ignore < 2**63 else ignore - 2**64))  # a label of uint64
+    values, order = pixels.sort(-1)
+    votes = votes.gather(-1, order)
+    so_far = votes.cumsum(-1, dtype=torch.int32)
+    starts = values.diff(dim=-1, prepend=values[..., :1] - 1) != 0
+    before = torch.where(starts, so_far - votes.int(), 0).cummax(-1).values  # the votes for lower values
+    # The first of the most votes: the lowest of ties, and the lowest of all where none has a vote.
+    return values.gather(-1, (so_far - before).argmax(-1, keepdim=True)).flatten(1)
 
 
 def _pixels_of_cells(pixels: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Along one side, the pixels of each cell, [cells, K], its last one repeated up to K; and which are no repetition.
-
-    In whole numbers, since a centre may lie on a border: pixel y has its centre at (2 * y + 1) / 2.
-    """
-    cell = torch.arange(cells + 1, device=device)
-    if pixels < cells:
-        nearest = (2 * cell[:-1, None] + 1) * pixels // (2 * cells)
-        return nearest, torch.ones_like(nearest, dtype=torch.bool)
+    """Along one side, the pixels of each cell [cells, K], the last one repeated up to K; and False for repetitions."""
+    cell = torch.arange(cells + 1, device=device)[:, None]
+    # In whole numbers, since a centre may lie on a border: pixel y has its centre at (2 * y + 1) / 2.
     first = (2 * cell * pixels + cells - 1) // (2 * cells)
-    pixel = first[:-1, None] + torch.arange(-(-pixels // cells), device=device)
-    end = first[1:, None]
+    nearest = (2 * cell[:-1] + 1) * pixels // (2 * cells)
+    first, end = (nearest, nearest + 1) if pixels < cells else (first[:-1], first[1:])
+    pixel = first + torch.arange(-(-pixels // cells), device=device)
     return pixel.minimum(end - 1), pixel < end
-
-
-def _most_frequent(values: Tensor, votes: Tensor) -> Tensor:
-    """[..., K] values to the one with the most votes, the lowest of ties; the lowest of all where none has a vote."""
-    values, order = values.sort(-1)
-    votes = votes.gather(-1, order)
-    so_far = votes.cumsum(-1, dtype=torch.int32)
-    starts = torch.ones_like(votes)
-    starts[..., 1:] = values[..., 1:] != values[..., :-1]
-    before = torch.where(starts, so_far - votes.int(), 0).cummax(-1).values  # the votes for lower values
-    return values.gather(-1, (so_far - before).argmax(-1, keepdim=True)).squeeze(-1)
-
-
-def _without_negative(labels: Tensor) -> Tensor:
-    """[B, N] labels, with the place of each among those of its image where one of them is negative."""
-    values, order = labels.sort(1)
-    steps = (values.diff(dim=1) != 0).long()
-    ranks = nn.functional.pad(steps, (1, 0)).cumsum(1)
-    return torch.where((labels < 0).any(1, keepdim=True), torch.empty_like(labels).scatter_(1, order, ranks), labels)
-
-
-def _check(labels: Tensor, ignore: int | None) -> None:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels is a {type(labels).__name__}, but must be a tensor: use torch.as_tensor(labels)")
-    if labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"labels has dtype {labels.dtype}, but labels are integers: use labels.long()")
-    if labels.ndim != 3 or 0 in labels.shape[1:]:
-        raise ValueError(
-            f"labels has shape {list(labels.shape)}, but must be [B, height, width], one label for each pixel: use "
-            "labels[None] for one image, labels[:, 0] where there is a channel"
-        )
-    if ignore is not None and not is_whole(ignore):
-        raise ValueError(f"ignore={ignore!r} must be one label, a whole number, or None")

@@ -1,41 +1,32 @@
-"""How somebody's encoder is run on all patches of images, and tried on a picture before it is relied on."""
+"""How somebody's encoder is found, and run on all patches of images without leaving a trace."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from inspect import signature
-from typing import Any, TypeVar
+from threading import RLock
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..masks.functional import MaskedPatches
-from .average import is_sharded
-from .patch_grid import PatchWatch, image_size, patch_embedding, patch_grid, tiny_pictures
-from .random_masking import Result, arrange, host_method, learn_results
+from ..masks import MaskedPatches
+from .host_method import host_method
+from .patch_grid import as_sides, patch_embedding
+from .random_masking import Result, arrange, learn_results
 
-__all__ = [
-    "all_patches",
-    "check_patches",
-    "encode",
-    "encoder_of",
-    "has_attribute",
-    "has_decoder",
-    "try_picture",
-    "untouched",
-]
-
-T = TypeVar("T")
-
+# Held while a model is read, whose hooks another thread would run into. Not in a teacher, which can be pickled.
+read_lock = RLock()
+# What the `random_masking` of a model returns.
 _results: WeakKeyDictionary[nn.Module, tuple[Result, ...]] = WeakKeyDictionary()
-"""What the `random_masking` of a model returns."""
 
 
-def has_attribute(module: nn.Module, name: str) -> bool:
-    """`hasattr` for what is no parameter or buffer: nn.Module takes its time to say no."""
-    return name in vars(module) or name in module._modules or hasattr(type(module), name)
+def is_fatal(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, or ends the program: such a one is never turned into another."""
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or not isinstance(error, Exception):
+        return True
+    texts = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
 
 
 def encoder_of(model: nn.Module) -> Any:
@@ -44,53 +35,48 @@ def encoder_of(model: nn.Module) -> Any:
     return base if isinstance(base, nn.Module) and patch_embedding(base) is not None else model
 
 
+def entry_of(model: nn.Module) -> tuple[nn.Module, str]:
+    """The module, and the name of its method, that `encode` gives images to."""
+    encoder = encoder_of(model)
+    with suppress(TypeError):
+        forward_encoder = signature(getattr(encoder, "forward_encoder", None))  # type: ignore[arg-type]
+        forward_encoder.bind(None, 0.0)
+        # MAE's takes images and a mask ratio: not two images, as those of siamese MAEs. There is no second with *args.
+        second = [*forward_encoder.parameters.values()][1:2]
+        if all("ratio" in each.name or "rate" in each.name or isinstance(each.default, float) for each in second):
+            return encoder, "forward_encoder"
+    return encoder, "forward_features" if hasattr(encoder, "forward_features") else "forward"
+
+
 def encode(model: nn.Module, images: Tensor) -> None:
     """Run the encoder or, where the model has no name for it, the model."""
-    encoder = encoder_of(model)
-    if _takes(encoder, "forward_encoder", images, 0.0):
-        encoder.forward_encoder(images, 0.0)
-    elif hasattr(encoder, "forward_features"):
-        encoder.forward_features(images)
-    elif hasattr(model, "base_model"):
-        # Only where it must: at its own size, Hugging Face's interpolation refuses images that are not square.
-        resized = image_size(model) != images.shape[-2:] and "interpolate_pos_encoding" in _parameters(encoder)
-        encoder(images, **({"interpolate_pos_encoding": True} if resized else {}))
-    else:
-        encoder(images)
+    encoder, name = entry_of(model)
+    if name != "forward":
+        getattr(encoder, name)(images, *([0.0] if name == "forward_encoder" else []))
+        return
+    # Only where it must: at its own size, Hugging Face's interpolation refuses images that are not square.
+    can_resize = "interpolate_pos_encoding" in signature(encoder.forward).parameters
+    resize = can_resize and image_size(model) != images.shape[-2:]
+    encoder(images, **({"interpolate_pos_encoding": True} if resize else {}))
 
 
-def has_decoder(model: nn.Module) -> bool:
-    """Whether `encode` may run more than the encoder."""
-    encoder = encoder_of(model)
-    named = hasattr(encoder, "forward_features") or hasattr(model, "base_model")
-    return not (named or _takes(encoder, "forward_encoder", torch.empty(0), 0.0))
-
-
-def _takes(owner: Any, name: str, *args: Any) -> bool:
-    """Whether a module has a method that can be called with these arguments."""
-    try:
-        signature(getattr(owner, name)).bind(*args)
-    except (AttributeError, TypeError):
-        return False
-    return True
-
-
-def _parameters(encoder: nn.Module) -> Any:
-    return signature(encoder.forward).parameters
+def image_size(model: nn.Module) -> tuple[int, ...] | None:
+    """The size (height, width) of images that the model was made for, in pixels; None where it does not say."""
+    owners = (patch_embedding(model), model, getattr(model, "config", None), *model.modules())
+    sizes = (getattr(owner, name, None) for owner in owners for name in ("img_size", "image_size"))
+    return next((as_sides(size) for size in sizes if isinstance(size, int | tuple | list)), None)
 
 
 @contextmanager
 def all_patches(model: nn.Module, share: float = 1.0) -> Iterator[list[Tensor]]:
-    """Make an MAE keep every patch, or the first `share` of them, in order, for as long as the context lasts.
-
-    Yields the patches that the MAE would have masked, once it has come there.
-    """
-    asked: list[Tensor] = []
-    owner = next((module for module in model.modules() if has_attribute(module, "random_masking")), None)
-    if owner is None:
+    """Make an MAE keep every patch, or the first `share` of them, in order. Yields the patches that it was to mask."""
+    asked, name = list[Tensor](), "random_masking"
+    # Not by hasattr alone, for nn.Module takes its time to say no, and this is done in each step.
+    has = (m for m in model.modules() if name in vars(m) or name in m._modules or hasattr(type(m), name))
+    if (owner := next(has, None)) is None:
         yield asked
         return
-    before, own = vars(owner).get("random_masking"), host_method(owner, "random_masking")
+    before, own = vars(owner).get(name), host_method(owner, name)
     first = next(iter(signature(own).parameters))
 
     def keep_all(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -102,27 +88,46 @@ def all_patches(model: nn.Module, share: float = 1.0) -> Iterator[list[Tensor]]:
         in_order = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         return arrange(MaskedPatches(kept, (in_order >= kept.shape[1]).float(), in_order), _results[owner])
 
-    vars(owner)["random_masking"] = keep_all
+    vars(owner)[name] = keep_all
     try:
         yield asked
     finally:
-        del vars(owner)["random_masking"]
+        del vars(owner)[name]
         if before is not None:
-            vars(owner)["random_masking"] = before
+            vars(owner)[name] = before
+
+
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Switch off the hooks of users, but those of torch (weight_norm) and transformers, which are needed to compute."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    every: list[dict[int, Any]] = [vars(module)[kind] for module in model.modules() for kind in kinds]
+    taken = [(hooks, dict(hooks), {key for key in hooks if not _is_needed(hooks[key])}) for hooks in every if hooks]
+    for hooks, _, users in taken:
+        for key in users:
+            del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, before, users in taken:
+            left = dict(hooks)  # which may have changed in the pass
+            hooks.clear()
+            hooks.update({key: hook for key, hook in before.items() if key in left or key in users} | left)
+
+
+def _is_needed(hook: Any) -> bool:
+    function = getattr(hook, "func", hook)  # of a partial
+    return str(getattr(function, "__module__", "")).partition(".")[0] in ("torch", "transformers")
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run the model in eval mode, without gradients; its mode, buffers and torch's random state come back after."""
+    """Run the model in eval mode, without gradients and users' hooks; mode, buffers and random state come back."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [
-        (module._buffers, name, buffer, buffer._version, buffer.clone())
-        for module in modes
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    named: list[Any] = [(module._buffers, *item) for module in modes for item in module._buffers.items()]
+    buffers = [(*each, each[2]._version, each[2].clone()) for each in named if each[2] is not None]
     devices = {buffer.device for buffer in (*model.parameters(), *model.buffers()) if buffer.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(list(devices)):
+    with torch.no_grad(), torch.random.fork_rng(list(devices)), without_hooks(model):
         try:
             model.eval()
             yield
@@ -133,67 +138,3 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 owner[name] = buffer
                 if buffer._version != version:
                     buffer.copy_(value)
-
-
-def try_picture(model: nn.Module, run: Callable[[Tensor], T]) -> tuple[Tensor, T]:
-    """The first tiny picture, [1, C, height, width], with which `run` goes through the model, and what it returned.
-
-    Raises:
-        ValueError: where none does; it has the shapes that were tried, and the model's own error.
-    """
-    tried: dict[str, Exception] = {}
-    with untouched(model):
-        for picture in tiny_pictures(model):
-            with _noted(tried, str(list(picture.shape))):
-                return picture, run(picture)
-    cause = list(tried.values())[-1]
-    raise ValueError(
-        f"{type(model).__name__} could not be tried on a picture. Tried: {', '.join(tried)}. Its last error: "
-        f"{type(cause).__name__}: {cause}. It must take images [B, C, height, width] alone: pass the encoder that does "
-        "(a model of images and text has one for images). Where it takes images of one size, set "
-        "model.img_size = (height, width), in pixels"
-    ) from cause
-
-
-@contextmanager
-def _noted(errors: dict[str, Exception], name: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        errors[name] = error
-
-
-def check_patches(model: nn.Module) -> None:
-    """Refuse a model whose patch grid cannot be found: its encoder is tried on a tiny picture.
-
-    An encoder that takes more than images is not; its patch embedding is.
-
-    Raises:
-        ValueError: where the grid is not that of what comes out, or is masked, or no picture goes in.
-    """
-    patch_grid(model, torch.empty(1, 3, 1 << 12, 1 << 12, device="meta"))
-    if is_sharded(model):
-        return  # Sharded weights cannot be run a part at a time.
-    watch = PatchWatch()
-
-    def run(picture: Tensor) -> list[Tensor]:
-        with watch, all_patches(model) as masked:
-            encode(model, picture)
-        return masked
-
-    def embed(picture: Tensor) -> list[Tensor]:
-        with watch:
-            patch_embedding(model)(picture)
-        return []
-
-    try:
-        picture, masked = try_picture(model, run)
-    except ValueError:
-        picture, masked = try_picture(model, embed)
-    watch.check(model, picture)
-    height, width = patch_grid(model, picture)
-    if masked and masked[0].shape[1] != height * width:
-        raise ValueError(
-            f"{type(model).__name__} masks {masked[0].shape[1]} tokens of a picture of shape {list(picture.shape)}, "
-            f"whose patches are {height} x {width}: use a mask that needs no grid, such as RandomMask()"
-        )

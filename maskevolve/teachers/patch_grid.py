@@ -1,23 +1,16 @@
 """Where the patches of an image lie, as the patch embedding of a model lays them out."""
 
-from __future__ import annotations
-
-import math
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
-from torch.overrides import TorchFunctionMode
-
-__all__ = ["PatchWatch", "image_size", "patch_embedding", "patch_grid", "tiny_pictures", "whole_patches"]
+from torch.nn.functional import pad
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Unfold)
-EMBEDDERS = (torch.conv1d, torch.conv2d, torch.conv3d, linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
-"""What turns pixels into tokens."""
-
 Pair = tuple[int, int]
+
+
+class PatchGridError(ValueError):
+    """A model does not lay out its patches in a grid of two dimensions, or does not tell how."""
 
 
 class _Layout(NamedTuple):
@@ -33,45 +26,37 @@ def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
     """The patch grid (H, W) of images of shape [B, C, height, width], from the model's patch embedding.
 
     It follows from the stride of the convolution in the embedding. Where there are several or none, or `patch_size` is
-    neither its kernel nor its stride, it follows from `patch_size`.
-
-    Raises:
-        ValueError: where the model has no patch size, or patches of one or three dimensions, or images are smaller
-            than a patch.
+    neither its kernel nor its stride, it follows from `patch_size`. A frame of a video, [B, C, 1, height, width], is an
+    image, too, where a patch of the model is one frame deep. Where the model has no patch size, patches of one or three
+    dimensions, or several patch embeddings, it raises a PatchGridError; for images of another shape, or smaller than a
+    patch, a ValueError.
 
     Examples:
-        >>> import timm
+        >>> import timm, torch
         >>> patch_grid(timm.create_model("vit_tiny_patch16_224", depth=1), torch.empty(1, 3, 224, 160))
         (14, 10)
     """
-    layout = _layout(model)
-    if images.ndim != 4:
-        raise ValueError(f"images have shape {list(images.shape)}, but a patch grid is that of [B, C, height, width]")
-    rows, columns = (_count(layout, axis, images.shape[2 + axis]) for axis in (0, 1))
+    layout, shape = patch_layout(model), list(images.shape)
+    if images.ndim != 4 and (images.ndim != 5 or shape[2] != 1):
+        raise ValueError(f"images has shape {shape}, but must be [B, C, height, width]: pass images[None] for one")
+    rows, columns = (
+        -(-size // stride) if layout.is_padded else (size + 2 * padding - kernel) // stride + 1
+        for size, kernel, stride, padding in zip(shape[-2:], layout.kernel, layout.stride, layout.padding, strict=True)
+    )
     if min(rows, columns) < 1:
-        raise ValueError(
-            f"images of shape {list(images.shape)} have no whole patch of {layout.kernel[0]} x {layout.kernel[1]} "
-            "pixels: make them larger"
-        )
+        size = f"{layout.kernel[0]} x {layout.kernel[1]}"
+        raise ValueError(f"images of shape {shape} have no whole patch of {size} pixels: make them larger")
     return rows, columns
 
 
 def whole_patches(model: nn.Module, images: Tensor) -> Tensor:
-    """The pixels of the patches, a cell of the grid each: without those that are in no patch, or with those that pad.
-
-    Where patches overlap, the cell of each is its centre, as large as the stride.
-
-    Examples:
-        >>> import timm
-        >>> whole_patches(timm.create_model("vit_tiny_patch16_224", depth=1), torch.empty(1, 3, 230, 160)).shape
-        torch.Size([1, 3, 224, 160])
-    """
-    layout, grid = _layout(model), patch_grid(model, images)
-    borders: list[int] = []  # missing on the left, on the right, above and below
+    """The pixels of the patches: a cell of the grid each, as large as the stride, in the centre of the patch."""
+    layout, grid = patch_layout(model), patch_grid(model, images)
+    images = images.flatten(1, -3)  # a frame of a video as an image
+    borders: list[int] = []  # that are padded: missing on the left, on the right, above and below
     for axis in (1, 0):
         first = (layout.kernel[axis] - layout.stride[axis]) // 2 - layout.padding[axis]
-        end = first + grid[axis] * layout.stride[axis]
-        size = images.shape[2 + axis]
+        end, size = first + grid[axis] * layout.stride[axis], images.shape[2 + axis]
         images = images.narrow(2 + axis, max(first, 0), min(end, size) - max(first, 0))
         borders += [max(-first, 0), max(end - size, 0)]
     return pad(images, borders, mode="replicate") if any(borders) else images
@@ -80,26 +65,31 @@ def whole_patches(model: nn.Module, images: Tensor) -> Tensor:
 def patch_embedding(model: nn.Module) -> Any:
     """What lays out the patches: `patch_embed`, the first module with a patch size, or the first convolution."""
     named = getattr(model, "patch_embed", None)
-    if isinstance(named, nn.Module) and (_has_patch_size(named) or _convolution(named)):
+    several = isinstance(named, nn.ModuleList | nn.ModuleDict)
+    if isinstance(named, nn.Module) and (several or _has_patch_size(named) or _convolution(named)):
         return named
     sized = (module for module in model.modules() if _has_patch_size(module))
     return next(sized, next((module for module in model.modules() if isinstance(module, CONVOLUTIONS)), None))
 
 
-def _layout(model: nn.Module) -> _Layout:
+def patch_layout(model: nn.Module) -> _Layout:
+    """How the patch embedding of a model lays out patches; see `patch_grid`."""
     embed = patch_embedding(model)
     if embed is None:
-        raise ValueError(
+        raise PatchGridError(
             f"{type(model).__name__} has no patch_embed.patch_size (in pixels) and no convolution, which tell the "
             "patch grid: set it, as in model.patch_embed.patch_size = 16"
         )
+    if isinstance(embed, nn.ModuleList | nn.ModuleDict):
+        raise PatchGridError(
+            f"{type(model).__name__}.patch_embed is a {type(embed).__name__} of {len(embed)} embeddings, but a patch "
+            "grid is that of whole images: use a model that embeds these, or a function from images to labels"
+        )
     is_padded = bool(getattr(embed, "dynamic_img_pad", False))
     size = _two(model, embed, embed.patch_size) if _has_patch_size(embed) else None
-    convolution = _convolution(embed)
-    if convolution is not None:
-        kernel, stride, padding, dilation = (
-            _two(model, embed, getattr(convolution, name)) for name in ("kernel_size", "stride", "padding", "dilation")
-        )
+    if (convolution := _convolution(embed)) is not None:
+        names = ("kernel_size", "stride", "padding", "dilation")
+        kernel, stride, padding, dilation = (_two(model, embed, getattr(convolution, name)) for name in names)
         if size in (None, kernel, stride):
             reach = (dilation[0] * (kernel[0] - 1) + 1, dilation[1] * (kernel[1] - 1) + 1)
             return _Layout(reach, stride, padding, is_padded)
@@ -109,18 +99,11 @@ def _layout(model: nn.Module) -> _Layout:
     return _Layout(size, size, is_padded=is_padded)
 
 
-def _count(layout: _Layout, axis: int, size: int) -> int:
-    """How many patches there are along an axis."""
-    if layout.is_padded:
-        return -(-size // layout.stride[axis])
-    return int((size + 2 * layout.padding[axis] - layout.kernel[axis]) // layout.stride[axis] + 1)
-
-
 def _convolution(embed: nn.Module) -> Any:
     """The one that makes patches of pixels; None where it does not do so alone."""
     found: list[Any] = [module for module in embed.modules() if isinstance(module, CONVOLUTIONS)]
     alone = len(found) == 1 and not isinstance(found[0].padding, str)
-    return found[0] if alone and _pair(found[0].stride) != (1, 1) else None
+    return found[0] if alone and as_sides(found[0].stride) != (1, 1) else None
 
 
 def _has_patch_size(module: nn.Module) -> bool:
@@ -128,86 +111,18 @@ def _has_patch_size(module: nn.Module) -> bool:
     return isinstance(size, int) or (isinstance(size, tuple | list) and all(isinstance(side, int) for side in size))
 
 
-def _pair(size: Any) -> tuple[int, ...]:
+def as_sides(size: Any) -> tuple[int, ...]:
+    """A size as a tuple: that of a square where it is one number."""
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _two(model: nn.Module, embed: Any, size: Any) -> Pair:
-    pair = _pair(size)
-    if len(pair) != 2:
-        raise ValueError(
-            f"{type(model).__name__} has patches of {len(pair)} dimensions ({type(embed).__name__}, {size}), but a "
-            "patch grid has two: use a mask that needs no grid, such as RandomMask() or PartMask() with parts of yours"
+    """The size (vertically, horizontally); of one frame of a video, too."""
+    sides = as_sides(size)
+    sides = sides[1:] if len(sides) == 3 and sides[0] <= 1 else sides
+    if len(sides) != 2:
+        raise PatchGridError(
+            f"{type(model).__name__} has patches of {len(sides)} dimensions ({type(embed).__name__}, {size}), but a "
+            "patch grid has two: use a mask that needs no grid, such as RandomMask(), or PartMask() with parts [B, N]"
         )
-    return pair[0], pair[1]
-
-
-class PatchWatch(TorchFunctionMode):
-    """Notes the shapes of what turns pixels into tokens, so that the patch grid can be compared to what happened."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in EMBEDDERS:
-            self.shapes.append(tuple(result.shape))
-        return result
-
-    def check(self, model: nn.Module, images: Tensor) -> None:
-        """Refuse a model that made other patches of the images than those of `patch_grid`."""
-        grid = patch_grid(model, images)
-        if self.shapes and not any(_holds(shape, len(images), grid) for shape in self.shapes):
-            raise ValueError(
-                f"{type(model).__name__} should cut images of shape {list(images.shape)} into {grid[0]} x {grid[1]} "
-                f"patches, by its {type(patch_embedding(model)).__name__}, but made tensors of the shapes "
-                f"{', '.join(str(list(shape)) for shape in dict.fromkeys(self.shapes))} of them: set "
-                "model.patch_embed.patch_size to the distance of its patches in pixels, or choose another image size"
-            )
-
-
-def _holds(shape: tuple[int, ...], batch: int, grid: Pair) -> bool:
-    """Whether a tensor of this shape can be the tokens of a batch of images, one a patch."""
-    count = grid[0] * grid[1]
-    if len(shape) == 2:
-        return shape[0] == batch * count
-    if len(shape) == 3:
-        return shape[:2] in ((batch, count), (count, batch))
-    return len(shape) == 4 and shape[0] == batch and grid in (shape[1:3], shape[2:4])
-
-
-def image_size(model: nn.Module) -> tuple[int, ...] | None:
-    """The size (height, width) of images that the model was made for, in pixels; None where it does not say."""
-    owners = (patch_embedding(model), model, getattr(model, "config", None), *model.modules())
-    sizes = (getattr(owner, name, None) for owner in owners for name in ("img_size", "image_size"))
-    return next((_pair(size) for size in sizes if isinstance(size, int | tuple | list)), None)
-
-
-def tiny_pictures(model: nn.Module) -> Iterator[Tensor]:
-    """Pictures [1, C, height, width] to try a model with: of its size or, where it does not say, ever larger ones."""
-    embed = patch_embedding(model)
-    weights = (weight for owner in (embed, model) if owner is not None for weight in owner.parameters())
-    weight = next((weight for weight in weights if weight.is_floating_point()), torch.empty(()))
-    size = image_size(model)
-    for height, width in [size] if size is not None else _likely_sizes(model):
-        yield torch.rand(1, _channels(model), height, width, device=weight.device, dtype=weight.dtype)
-
-
-def _likely_sizes(model: nn.Module) -> list[Pair]:
-    layout = _layout(model) if patch_embedding(model) is not None else _Layout((16, 16), (16, 16))
-    # Position embeddings, [1, tokens, width], tell how many patches there are.
-    tables = {value.shape[1] for value in (*model.parameters(), *model.buffers()) if value.ndim == 3}
-    sides = sorted({4, *(math.isqrt(count) for count in tables if count > 3)})
-    sizes = [tuple((side - 1) * layout.stride[axis] + layout.kernel[axis] for axis in (0, 1)) for side in sides]
-    return [(height, width) for height, width in (*sizes, (224, 224))]
-
-
-def _channels(model: nn.Module) -> int:
-    embed = patch_embedding(model)
-    modules = [] if embed is None else list(embed.modules())
-    owners = (*modules, model, getattr(model, "config", None))
-    counts = (getattr(owner, name, None) for owner in owners for name in ("in_channels", "in_chans", "num_channels"))
-    return next((count for count in counts if isinstance(count, int)), 3)
+    return sides[0], sides[1]

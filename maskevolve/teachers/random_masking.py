@@ -1,4 +1,4 @@
-"""The method `random_masking` of an MAE: what a call of it asks for, and what it returns, learned by trying it.
+"""The method `random_masking` of an MAE: what a call of it asks for, and what it returns.
 
 MAE's takes (x, mask_ratio) and returns (visible, mask, ids_restore). Its descendants take more, return more, or return
 the same in another order: ids_keep in the fourth or in the first place, a mask that is 1 where a patch stays.
@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import Parameter, signature
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..masks.functional import MaskedPatches
+from ..masks import MaskedPatches
 
-__all__ = ["Result", "UnknownResultsError", "arrange", "call_reader", "host_method", "learn_results"]
+__all__ = ["CallSpec", "Result", "UnknownResultsError", "arrange", "call_spec", "learn_results", "read_call"]
 
 
 class UnknownResultsError(TypeError):
-    """A `random_masking` returns what nobody knows."""
+    """A `random_masking` returns what is not known."""
 
 
 class Result(NamedTuple):
@@ -28,45 +27,50 @@ class Result(NamedTuple):
 
     name: str
     dtype: torch.dtype
+    kept: int | None = None
+    """Of a mask, how many patches it has as kept, where these are more than the visible ones, as in CrossMAE."""
 
 
-def host_method(owner: Any, name: str) -> Callable[..., Any]:
-    """A method of a module, bound to it: the one that it had before integrations replaced it."""
-    method: Any = getattr(owner, name)
-    return MethodType(method.own, owner) if hasattr(method, "own") else method
+class CallSpec(NamedTuple):
+    """How a `random_masking` is called."""
+
+    names: list[str]
+    ratio: str
+    defaults: dict[str, Any]
 
 
-def call_reader(method: Callable[..., Any]) -> Callable[..., tuple[Tensor, Any, bool]]:
-    """How to read a call of `random_masking`.
-
-    Args:
-        method: the model's own, bound to it.
-
-    Returns:
-        What turns the arguments of a call into the patches, the mask ratio, and whether the call brings a tensor that
-        says what to mask, such as noise.
+def call_spec(method: Callable[..., Any]) -> CallSpec:
+    """How the model's own `random_masking`, bound to it, is called.
 
     Raises:
-        TypeError: where the method has no argument for the mask ratio.
+        TypeError: where it has no argument for the mask ratio.
     """
     parameters = [each for each in signature(method).parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
-    names = [each.name for each in parameters]
     # Named so, or MAE's second argument under another name.
-    ratios = [each for each in parameters if "ratio" in each.name]
-    ratios += [each for each in parameters[1:2] if each.default is not None]
+    ratios = [each.name for each in parameters if "ratio" in each.name]
+    ratios += [each.name for each in parameters[1:2] if each.default is not None]
     if not ratios:
         raise TypeError(
             f"random_masking{signature(method)} has no argument for the mask ratio: let it take (x, mask_ratio), as "
             "MAE's does"
         )
-    ratio = ratios[0]
+    defaults = {each.name: each.default for each in parameters if each.default is not Parameter.empty}
+    return CallSpec([each.name for each in parameters], ratios[0], defaults)
 
-    def read(*args: Any, **kwargs: Any) -> tuple[Tensor, Any, bool]:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        x = given.pop(names[0])
-        return x, given.pop(ratio.name, ratio.default), any(isinstance(value, Tensor) for value in given.values())
 
-    return read
+def read_call(spec: CallSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
+    """The patches, the mask ratio, and the further arguments whose value is not their default, by name."""
+    given = {**spec.defaults, **dict(zip(spec.names, args, strict=False)), **kwargs}
+    x, mask_ratio = given.pop(spec.names[0]), given.pop(spec.ratio)
+    return (
+        x,
+        mask_ratio,
+        {name: value for name, value in given.items() if not _is(value, spec.defaults.get(name, spec))},
+    )
+
+
+def _is(value: Any, default: Any) -> bool:
+    return value is default or (not isinstance(value, Tensor) and not isinstance(default, Tensor) and value == default)
 
 
 @torch.no_grad()
@@ -91,12 +95,15 @@ def learn_results(call: Callable[[], Any], x: Tensor) -> tuple[Result, ...]:
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
         returned = call()
     values = returned if isinstance(returned, tuple | list) else (returned,)
-    orders = [value for value in values if isinstance(value, Tensor) and not value.is_floating_point()]
+    orders = [value for value in values if isinstance(value, Tensor) and value.dtype == torch.int64]
     for order in orders:
         for ids_restore in (order, order.argsort(1)) if order.shape == x.shape[:2] else ():
-            names = _name(values, x, ids_restore)
-            if names:
-                return tuple(Result(name, value.dtype) for name, value in zip(names, values, strict=True))
+            results = [result for value in values if (result := _recognise(value, x, ids_restore))]
+            names = {result.name for result in results}
+            # Which of these two it is, the other values tell.
+            if len(results) == len(values) and names - {"ids_restore", "ids_shuffle"}:
+                visible = {value.shape[1] for value in values if value.ndim == 3}
+                return tuple(each._replace(kept=None) if {each.kept} == visible else each for each in results)
     shapes = [list(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values]
     raise UnknownResultsError(
         f"random_masking of patches {list(x.shape)} returns {shapes}. Known are, in any order, the visible patches, "
@@ -104,19 +111,36 @@ def learn_results(call: Callable[[], Any], x: Tensor) -> tuple[Result, ...]:
     )
 
 
+def _recognise(value: Any, x: Tensor, ids_restore: Tensor) -> Result | None:
+    """What a value is, if this is ids_restore."""
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return None
+    # How many patches are kept, by the shape or, of a mask, by its zeros or its ones.
+    zeros = int((value[0] == 0).sum())
+    counts = {value.shape[1], x.shape[1] - value.shape[1], zeros, x.shape[1] - zeros} & set(range(1, x.shape[1] + 1))
+    for kept in sorted(counts, reverse=True):
+        visible = x.gather(1, ids_restore.argsort(1)[:, :kept, None].expand(-1, -1, x.shape[2]))
+        known = _values(MaskedPatches(visible, (ids_restore >= kept).float(), ids_restore), kept)
+        for name, make in known.items():
+            made = make()
+            if value.shape == made.shape and bool((value == made).all()):
+                return Result(name, value.dtype, kept if name in ("mask", "kept") else None)
+    return None
+
+
 def arrange(masked: MaskedPatches, results: tuple[Result, ...]) -> tuple[Tensor, ...]:
     """What a `random_masking` that returns `results` would return of a mask."""
-    values = _values(*masked)
+    values = (_values(masked, result.kept)[result.name]() for result in results)
     # Patches stay in the dtype that they have now.
-    return tuple(
-        values[result.name]() if result.name == "visible" else values[result.name]().to(result.dtype)
-        for result in results
-    )
+    pairs = zip(values, results, strict=True)
+    return tuple(value if result.name == "visible" else value.to(result.dtype) for value, result in pairs)
 
 
-def _values(visible: Tensor, mask: Tensor, ids_restore: Tensor) -> dict[str, Callable[[], Tensor]]:
+def _values(masked: MaskedPatches, kept: int | None) -> dict[str, Callable[[], Tensor]]:
     """All that is known to be returned."""
+    visible, mask, ids_restore = masked
     keep = visible.shape[1]
+    mask = mask if kept is None else (ids_restore >= kept).float()
     return {
         "visible": lambda: visible,
         "mask": lambda: mask,
@@ -126,27 +150,3 @@ def _values(visible: Tensor, mask: Tensor, ids_restore: Tensor) -> dict[str, Cal
         "ids_keep": lambda: ids_restore.argsort(1)[:, :keep],
         "ids_mask": lambda: ids_restore.argsort(1)[:, keep:],
     }
-
-
-def _name(values: Any, x: Tensor, ids_restore: Tensor) -> list[str]:
-    """The name of each value, if this is ids_restore; none where one has no name."""
-    ids_shuffle = ids_restore.argsort(1)
-    for keep in _possible_counts(values, x):
-        visible = x.gather(1, ids_shuffle[:, :keep, None].expand(-1, -1, x.shape[2]))
-        known = _values(visible, (ids_restore >= keep).float(), ids_restore)
-        names = [next((name for name, make in known.items() if _is_same(value, make())), "") for value in values]
-        if all(names) and {*names} - {"ids_restore", "ids_shuffle"}:  # which of these two it is, other values tell
-            return names
-    return []
-
-
-def _possible_counts(values: Any, x: Tensor) -> list[int]:
-    """How many patches may stay, the most first: by the shapes and by the zeros of what may be a mask."""
-    tensors = [value for value in values if isinstance(value, Tensor) and value.ndim > 1]
-    counts = {tensor.shape[1] for tensor in tensors} | {int((tensor[0] == 0).sum()) for tensor in tensors}
-    counts |= {x.shape[1] - count for count in counts}
-    return sorted((count for count in counts if 0 < count <= x.shape[1]), reverse=True)
-
-
-def _is_same(value: Any, expected: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == expected.shape and bool((value == expected).all())

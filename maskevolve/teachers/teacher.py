@@ -1,8 +1,6 @@
-"""The parts of an image: as a slow copy of the model in training sees them, or as a pretrained model does."""
+"""Teachers: images to parts, by a slow copy of the model in training or by a pretrained model."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from inspect import Parameter, signature
 from typing import Any, Literal, TypeVar, cast
@@ -10,61 +8,53 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 
 from ..checks import check_number, check_tensor, is_whole
 from ..grid import GridSize
-from ..parts.graph_cut import PartHierarchy
-from ..parts.segmentation import parts_from_segmentation
+from ..parts import PartHierarchy, parts_from_segmentation
 from ..precision import keep_dtype
 from ..schedule import Schedule, clamp_epoch, num_parts_at, num_parts_by, warn_outside
-from .attention import attention_affinity, check_affinity, token_affinity
+from .attention import attention_affinity, token_affinity
 from .average import move_average, refuse_sharded, tensors_of, unwrap
+from .encoder import is_fatal, read_lock, without_hooks
+from .host_method import restore_methods
 from .patch_grid import patch_grid, whole_patches
-
-__all__ = ["FrozenTeacher", "PartTeacher", "unwrap"]
+from .trial import check_affinity, trial_of, trials
 
 Layers = Sequence[int] | Literal["tokens"] | None
+NumParts = tuple[int, int] | Schedule
 Self = TypeVar("Self", bound="_Teacher")
 
+# The models that teachers were copied from, until the first update: neither copied nor saved with a teacher.
 _sources: WeakKeyDictionary[nn.Module, ref[nn.Module]] = WeakKeyDictionary()
-"""Which model a new teacher was copied from. Not in the teacher, which can be copied and saved."""
 
 
 class _Teacher(nn.Module):
     """What both teachers do: read from a ViT what the patches of images have in common, and cut that into parts."""
 
     epoch: Tensor
+    advice: str  # what to do where the model cannot read images
+    _model_for: Callable[[Tensor], tuple[nn.Module, list[torch.dtype], Tensor]]
 
-    def __init__(
-        self,
-        model: nn.Module,
-        partitioner: nn.Module,
-        total_epochs: float,
-        num_parts: tuple[int, int] | Schedule,
-        layers: Layers,
-    ) -> None:
+    def __init__(self, partitioner: nn.Module, total_epochs: float, num_parts: NumParts, layers: Layers) -> None:
         super().__init__()
-        refuse_sharded(model)
         if isinstance(layers, str) and layers != "tokens":
             raise ValueError(f'layers={layers!r} must be "tokens", a list of attention layers, or None for all of them')
-        check_affinity(model, layers)  # refuses here what it would in the first step
         if not isinstance(partitioner, nn.Module):
             raise TypeError(f"partitioner={partitioner!r} must be an instance, such as GraphCutPartitioner()")
         pair = isinstance(num_parts, (tuple, list)) and len(num_parts) == 2
         if not callable(num_parts) and not (pair and all(is_whole(count) and count >= 1 for count in num_parts)):
-            raise ValueError(
-                f"num_parts={num_parts!r} must be (in the first epoch, in the last epoch), whole numbers of at least "
-                "1, or a function of progress"
-            )
+            must = "(in the first epoch, in the last epoch), whole numbers of at least 1, or a function of progress"
+            raise ValueError(f"num_parts={num_parts!r} must be {must}")
         self.partitioner = partitioner
         self.total_epochs, self.part_range, self.layers = total_epochs, num_parts, layers
-        self.wants_images = _takes_images(partitioner)
+        taken = signature(partitioner.forward).parameters.values()
+        self.wants_images = any(each.name == "images" or each.kind is Parameter.VAR_KEYWORD for each in taken)
         self.register_buffer("epoch", torch.zeros((), dtype=torch.float32))
         self.num_parts = self._num_parts_in(0)
         self._num_parts_in(total_epochs)  # refuses what is bad here, not in the last epoch
-        self.register_load_state_dict_post_hook(_read_epoch)
+        self.register_load_state_dict_post_hook(_read_progress)
 
     def set_epoch(self: Self, epoch: float) -> Self:
         """Move to an epoch and return the teacher.
@@ -101,9 +91,9 @@ class _Teacher(nn.Module):
         Raises:
             ValueError: where images are of another shape, or of an integer type that the model does not take.
         """
-        affinity, how = self._read_checked(images)
-        parts: Tensor = self.partitioner(affinity, self.num_parts, **how)
+        affinity, how = self._read(images)
         own_grid = how["grid_size"]
+        parts: Tensor = self.partitioner(affinity, self.num_parts, **how) if len(affinity) else affinity[:, :, 0].long()
         if grid_size is None or grid_size == own_grid:
             return parts
         return parts_from_segmentation(parts.unflatten(1, own_grid), grid_size)
@@ -123,32 +113,40 @@ class _Teacher(nn.Module):
         """
         if not hasattr(self.partitioner, "hierarchy"):
             raise TypeError(f"{type(self.partitioner).__name__} has no hierarchy: use GraphCutPartitioner()")
-        affinity, how = self._read_checked(images)
+        affinity, how = self._read(images)
         return cast(PartHierarchy, cast(Any, self.partitioner).hierarchy(affinity, self.num_parts, **how))
-
-    def _read_checked(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        check_tensor("images", images)
-        if images.ndim != 4:
-            raise ValueError(
-                f"images has shape {list(images.shape)}, but must be [B, C, height, width]: pass images[None] for one"
-            )
-        try:
-            return self._read(images)
-        except RuntimeError as error:
-            if images.is_floating_point():
-                raise
-            raise ValueError(
-                f"images has dtype {images.dtype}, which the model does not take: pass floats as the model is trained "
-                "with, such as images / 255, normalised"
-            ) from error
 
     def _read(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """The affinity [B, N, N] of images, and what else the partitioner is told."""
-        raise NotImplementedError
+        check_tensor("images", images)
+        with read_lock:
+            # The model, where images are, the dtypes that its tensors have while it runs, and the images that it sees.
+            model, dtypes, images = self._model_for(images)
+            grid = patch_grid(model, images)
+            how = {"grid_size": grid, **({"images": whole_patches(model, images)} if self.wants_images else {})}
+            if not len(images):
+                return images.new_zeros((0, grid[0] * grid[1], grid[0] * grid[1]), dtype=torch.float32), how
+            try:
+                return _affinity(model, images, dtypes, self.layers), how
+            except Exception as error:
+                if is_fatal(error):
+                    raise
+                dtype = f"images has dtype {images.dtype}: pass floats, such as images / 255, normalised"
+                whose = f"the {type(self).__name__}'s {type(model).__name__} cannot read"
+                raise ValueError(
+                    f"{whose} images of shape {list(images.shape)}: {str(error).rstrip('.')}. "
+                    f"{self.advice if images.is_floating_point() else dtype}"
+                ) from error
 
-    def _grid_and_images(self, model: nn.Module, images: Tensor) -> dict[str, Any]:
-        also = {"images": whole_patches(model, images)} if self.wants_images else {}
-        return {"grid_size": patch_grid(model, images), **also}
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of nn.Module, but where a state is refused, the teacher stays what it is."""
+        tensors, others = {name: value.clone() for name, value in self.state_dict().items()}, dict(vars(self))
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except Exception:
+            super().load_state_dict(tensors)
+            vars(self).update(others)
+            raise
 
     def train(self: Self, mode: bool = True) -> Self:
         """Stays in eval mode, whatever is asked: a teacher has no dropout."""
@@ -181,9 +179,6 @@ class PartTeacher(_Teacher):
             costs least. None is the published way: the attention of all layers. A list names attention layers, counted
             from 0 or, below 0, from the end. What comes after the last layer that is read is not computed.
 
-    Shape:
-        images [B, C, height, width] to parts [B, N] int64.
-
     Examples:
         >>> import timm
         >>> from maskevolve import GraphCutPartitioner
@@ -196,25 +191,30 @@ class PartTeacher(_Teacher):
     Source: Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
     """
 
+    advice = (
+        "Give it images as the model is trained with. Where the model was resized, as by set_input_size, resize "
+        "teacher.model.module, too, or build a new PartTeacher(model, ...)"
+    )
+
     def __init__(
         self,
         model: nn.Module,
         partitioner: nn.Module,
         *,
         total_epochs: float,
-        num_parts: tuple[int, int] | Schedule = (40, 10),
+        num_parts: NumParts = (40, 10),
         decay: float = 0.9999,
         layers: Layers = "tokens",
     ) -> None:
-        model = unwrap(model)
-        super().__init__(model, partitioner, total_epochs, num_parts, layers)
+        super().__init__(partitioner, total_epochs, num_parts, layers)
         check_number("decay", decay, "a number in [0, 1]: the share of the average that an update keeps", most=1)
         self.decay = decay
-        self.model = AveragedModel(model).requires_grad_(False).float()
+        model = unwrap(model)
+        self.model = AveragedModel(nn.Identity())
+        self.model.module = _copy(model, layers)  # set, for AveragedModel would copy hooks, too
         self._dtypes = [tensor.dtype for tensor in tensors_of(model)]
-        self._num_parameters = len([*model.parameters()])
+        self.model.requires_grad_(False).float()
         self._caught_up = False
-        self.register_load_state_dict_post_hook(_read_progress)
         self.eval()
         _sources[self] = ref(model)
 
@@ -223,7 +223,7 @@ class PartTeacher(_Teacher):
 
         The first call copies the model where the teacher was built from it, as torch's AveragedModel does, for the
         model may have loaded other weights since. Towards any other model, the average moves from the weights that it
-        was built with.
+        was built with; so does that of a teacher that was copied or pickled before its first update.
 
         Args:
             model: the model that trains. Where it is sharded, its weights are gathered: call it on every rank, and give
@@ -233,7 +233,8 @@ class PartTeacher(_Teacher):
             ValueError: where the model is of another architecture; the average has not changed then.
         """
         if self.decay < 1:
-            self._dtypes = move_average(self.model.module, model, 0 if self._is_source(model) else self.decay)
+            decay = 0 if self._source() is unwrap(model) else self.decay
+            self._dtypes = move_average(self.model.module, model, decay)
         self.model.n_averaged += 1
         _sources.pop(self, None)
 
@@ -243,52 +244,35 @@ class PartTeacher(_Teacher):
         For its weights may have changed without a step: to those of a checkpoint or, in DistributedDataParallel, to
         those of the first rank, so that all ranks have the same teacher.
         """
-        if not self._caught_up and self._is_source(model):
+        if not self._caught_up and self._source() is unwrap(model):
             self._dtypes = move_average(self.model.module, model, 0)
         self._caught_up = True
 
-    def _is_source(self, model: nn.Module) -> bool:
+    def _source(self) -> nn.Module | None:
         source = _sources.get(self)
-        return source is not None and source() is unwrap(model)
+        return None if source is None else source()
 
-    def _read(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        model = self.model.module
-        read, dtypes = _Affinity(model, self.layers), self._dtypes_of_student()
-        seen = _in_dtype(images, dtypes[: self._num_parameters])
-        if dtypes == [tensor.dtype for tensor in tensors_of(model)]:
-            return read(seen), self._grid_and_images(model, images)
-        named = (*read.named_parameters(), *read.named_buffers())
-        cast = {name: old.to(new) for (name, old), new in zip(named, dtypes, strict=True) if old.dtype != new}
-        return functional_call(read, cast, (seen,)), self._grid_and_images(model, images)
-
-    def _dtypes_of_student(self) -> list[torch.dtype]:
-        """Those of the model that this was built from, which may have been cast since, until the first update."""
-        source = _sources.get(self)
-        model = None if source is None else source()
-        dtypes = [] if model is None else [tensor.dtype for tensor in tensors_of(model)]
-        return dtypes if len(dtypes) == len(self._dtypes) else self._dtypes
+    def _model_for(self, images: Tensor) -> tuple[nn.Module, list[torch.dtype], Tensor]:
+        # The model that this was built from may have been cast since, until the first update.
+        source = self._source()
+        dtypes = [] if source is None else [tensor.dtype for tensor in tensors_of(source)]
+        return self.model.module, dtypes if len(dtypes) == len(self._dtypes) else self._dtypes, images
 
 
 class FrozenTeacher(_Teacher):
     """A pretrained ViT that is never updated, what its patches have in common, and a partitioner: images in, parts out.
 
     Its architecture, its patches and its input need not be those of the model that trains. Its weights are neither in
-    its `state_dict` nor among its `parameters()`; it moves to the device of the images.
+    its `state_dict` nor among its `parameters()`; it moves to the device of the images. For the source, see
+    `PartTeacher`.
 
     Args:
         model: any ViT that `PartTeacher` takes, such as one of DINOv2; it is copied, so that nothing can change it.
-        partitioner: GraphCutPartitioner() or EMPartitioner(), or any module with the call of either. One that takes
-            `images` gets those that the model sees.
-        total_epochs: length of training, in epochs.
-        num_parts: number of parts in the first and in the last epoch; it changes linearly. Or a function of progress,
-            ``epoch / (total_epochs - 1)`` in [0, 1], to the number of parts; what it returns is rounded.
-        layers: what is read from the model: "tokens", those before its first block (`token_affinity`), None for the
-            attention of all layers, or a list of attention layers, counted from 0 or, below 0, from the end.
-        transform: maps the images of the model that trains, [B, C, height, width], to those that this model takes, such
-            as by another size or normalisation. It must show the same section of the images: no crops, no flips.
-
-    Shape:
-        images [B, C, height, width] to parts [B, N] int64.
+        partitioner, total_epochs, num_parts, layers: as of `PartTeacher`; the partitioner gets the images that the
+            model sees.
+        transform: maps the images of the model that trains, [B, C, height, width] or of another shape, to those that
+            this model takes, as many, [B, C, height, width], such as by another size or normalisation. It must show the
+            same section of the images: no crops, no flips.
 
     Examples:
         >>> import timm
@@ -299,12 +283,11 @@ class FrozenTeacher(_Teacher):
         >>> images = torch.randn(2, 3, 64, 64)
         >>> teacher(images).shape, teacher(images, grid_size=8).shape
         (torch.Size([2, 196]), torch.Size([2, 64]))
-
-    Source: Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
     """
 
     model: nn.Module
     transform: Callable[[Tensor], Tensor] | None
+    advice = "Bring images to what it takes with transform=..., such as torch.nn.Upsample((height, width))"
 
     def __init__(
         self,
@@ -312,79 +295,61 @@ class FrozenTeacher(_Teacher):
         partitioner: nn.Module,
         *,
         total_epochs: float,
-        num_parts: tuple[int, int] | Schedule = (40, 10),
+        num_parts: NumParts = (40, 10),
         layers: Layers = "tokens",
         transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        model = unwrap(model)
-        super().__init__(model, partitioner, total_epochs, num_parts, layers)
+        super().__init__(partitioner, total_epochs, num_parts, layers)
         # No module of this one's: so it is neither saved nor averaged, cast or trained with what holds the teacher.
-        vars(self)["model"] = deepcopy(model).requires_grad_(False).eval()
+        vars(self)["model"] = _copy(unwrap(model), layers).requires_grad_(False).eval()
         vars(self)["transform"] = transform
         self.eval()
 
-    def _read(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        images = self._transformed(images)
-        parameters = list(self.model.parameters())
-        if parameters[0].device != images.device:
-            self.model.to(images.device)
-        seen = _in_dtype(images, [parameter.dtype for parameter in parameters])
-        try:
-            affinity = _Affinity(self.model, self.layers)(seen)
-        except Exception as error:
-            reason = str(error).rstrip(".")
-            raise ValueError(
-                f"the frozen {type(self.model).__name__} cannot read images of shape {list(seen.shape)}: {reason}. "
-                "Bring images to what it takes with transform=..., such as torch.nn.Upsample((height, width))"
-            ) from error
-        return affinity, self._grid_and_images(self.model, images)
-
-    def _transformed(self, images: Tensor) -> Tensor:
-        if self.transform is None:
-            return images
-        if isinstance(self.transform, nn.Module):
-            self.transform.to(images.device)
-        transformed = self.transform(images)
-        if not (isinstance(transformed, Tensor) and transformed.ndim == 4 and len(transformed) == len(images)):
-            what = list(transformed.shape) if isinstance(transformed, Tensor) else type(transformed).__name__
-            raise ValueError(
-                f"transform returned {what} for images of shape {list(images.shape)}, but must return a tensor "
-                f"[{len(images)}, channels, height, width]"
-            )
-        return transformed
+    def _model_for(self, images: Tensor) -> tuple[nn.Module, list[torch.dtype], Tensor]:
+        for module in (self.model, self.transform):
+            if isinstance(module, nn.Module) and any(each.device != images.device for each in tensors_of(module)):
+                module.to(images.device)
+        seen: Any = images if self.transform is None else self.transform(images)
+        if not isinstance(seen, Tensor) or len(seen) != len(images):
+            what = list(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__
+            should = f"for images of shape {list(images.shape)}, but must return [{len(images)}, C, height, width]"
+            raise ValueError(f"transform returned {what} {should}")
+        return self.model, [tensor.dtype for tensor in tensors_of(self.model)], seen
 
 
-class _Affinity(nn.Module):
-    """What the patches of images have in common, as a module, which `functional_call` runs with weights in a dtype."""
-
-    def __init__(self, model: nn.Module, layers: Layers) -> None:
-        super().__init__()
-        self.model, self.layers = model, layers
-
-    def forward(self, images: Tensor) -> Tensor:
-        if isinstance(self.layers, str):
-            return token_affinity(self.model, images)
-        return attention_affinity(self.model, images, self.layers)
-
-
-def _in_dtype(images: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
-    """Images in the dtype of a model's parameters, where these have one."""
-    floats = {dtype for dtype in dtypes if dtype.is_floating_point}
-    return images.to(floats.pop()) if len(floats) == 1 and images.is_floating_point() else images
+def _copy(model: nn.Module, layers: Layers) -> nn.Module:
+    """A copy of a model without what users and integrations hooked to it; one that a teacher can read."""
+    refuse_sharded(model)
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    # What was computed with gradients, as by weight_norm, cannot be copied with them.
+    detached = {id(value): value.detach().clone() for value in held if not value.is_leaf}
+    with read_lock, without_hooks(model):
+        copy = deepcopy(model, detached)
+    restore_methods(copy)
+    check_affinity(copy, layers)  # refuses here what it would in the first step
+    trials[model] = trial_of(copy)
+    trials[copy] = trials[model]._replace(size=0)  # which nobody changes
+    return copy
 
 
-def _takes_images(partitioner: nn.Module) -> bool:
-    parameters = signature(partitioner.forward).parameters.values()
-    return any(parameter.name == "images" or parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters)
+def _affinity(model: nn.Module, images: Tensor, dtypes: Sequence[torch.dtype], layers: Layers) -> Tensor:
+    """The affinity of images, while the tensors of a model, and images, have these dtypes."""
+    tensors = tensors_of(model)
+    floats = {dtype for dtype in dtypes[: len([*model.parameters()])] if dtype.is_floating_point}
+    images = images.to(floats.pop()) if len(floats) == 1 and images.is_floating_point() else images
+    cast_ones = [(each, each.data, dtype) for each, dtype in zip(tensors, dtypes, strict=True) if each.dtype != dtype]
+    try:
+        for tensor, data, dtype in cast_ones:
+            tensor.data = data.to(dtype)
+        return token_affinity(model, images) if isinstance(layers, str) else attention_affinity(model, images, layers)
+    finally:
+        for tensor, data, _ in cast_ones:
+            tensor.data = data
 
 
-def _read_epoch(teacher: nn.Module, incompatible_keys: Any) -> None:
-    assert isinstance(teacher, _Teacher)
+def _read_progress(teacher: Any, incompatible_keys: Any) -> None:
+    """What a teacher is told by a state that was loaded."""
     teacher.set_epoch(float(teacher.epoch))
-
-
-def _read_progress(teacher: nn.Module, incompatible_keys: Any) -> None:
-    assert isinstance(teacher, PartTeacher)
     teacher._caught_up = True
-    if int(teacher.model.n_averaged):
+    if isinstance(teacher, PartTeacher) and int(teacher.model.n_averaged):
         _sources.pop(teacher, None)

@@ -1,47 +1,44 @@
 """Exact min cuts on 8-neighbour grids, a whole batch at a time."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
-# Not `import torch`: in this package that name is the solver beside this file.
-from torch import Tensor, arange, device, equal, int32
+import torch
+from torch import Tensor
 
-from .. import kernels as fused
-
-__all__ = ["OFFSETS", "SOLVERS", "grid_min_cut"]
+from .. import kernel_trial
 
 OFFSETS = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1))
 """(rows, columns) to the neighbour in each direction: E, W, S, N, SE, NW, SW, NE. Direction d ^ 1 is the way back."""
 
-SOLVERS = ("auto", "pymaxflow", "torch", "triton")
+SOLVERS = {"auto": "", "pymaxflow": "PyMaxflow", "scipy": "SciPy", "torch": "", "triton": "triton"}  # and its package
 
 
 def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str = "auto") -> Tensor:
     """The minimum cut of every grid of the batch: which nodes can still reach the sink.
-
-    That set is the same for every maximum flow, so all solvers give the same bits.
 
     Args:
         source: [B, H, W] int32 >= 0, capacity from the source to each node.
         sink: [B, H, W] int32 >= 0, capacity from each node to the sink.
         capacity: [B, 8, H, W] int32 >= 0, capacity from each node to its neighbour in the directions E, W, S, N, SE,
             NW, SW, NE. What leaves the grid is ignored.
-        solver: "pymaxflow" (CPU; PyMaxflow is under the GPL and is imported only here), "torch" (any device), "triton"
-            (a GPU; the host does not wait, but grids of more than 1024 nodes go to torch, where it does), or "auto":
-            pymaxflow for tensors on the CPU where it is installed; triton on a GPU where it is installed and, tried
-            once, gives the bits of torch (MASKEVOLVE_KERNELS=0 turns it off); else torch.
+        solver: "pymaxflow" (CPU; PyMaxflow is under the GPL and is imported only here), "scipy" (CPU), "torch" (any
+            device), "triton" (a GPU; the host does not wait, but grids of more than 1024 nodes go to torch, where it
+            does), or "auto": on a CPU pymaxflow where it is installed, else scipy; on a GPU triton where it is
+            installed and, tried once, gives the bits of torch (MASKEVOLVE_KERNELS=0 turns it off); else torch.
 
     Returns:
-        [B, H, W] bool: True on the sink's side; on the device of `source`.
+        [B, H, W] bool, on the device of `source`: True on the sink's side. That set is the same for every maximum flow,
+        so all solvers give the same bits.
 
     Raises:
+        ImportError: where the package of the solver is not installed.
         ValueError: where a shape, a dtype or the solver is wrong, or (checked on the CPU only) a capacity is negative;
             where "triton" is asked for and cannot run.
 
     Examples:
-        >>> import torch
         >>> source, sink = torch.tensor([[[9, 0, 0]]]).int(), torch.tensor([[[0, 0, 9]]]).int()
         >>> capacity = torch.zeros(1, 8, 1, 3).int()
         >>> capacity[0, 0] = torch.tensor([5, 3, 0])  # to the east
@@ -52,50 +49,43 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
     Y. Boykov and V. Kolmogorov, An experimental comparison of min-cut/max-flow algorithms,
     https://doi.org/10.1109/TPAMI.2004.60
     """
-    _check(source, sink, capacity)
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r} is not one of {', '.join(map(repr, SOLVERS))}")
+    tensors = (source, sink, capacity)
+    shape, *others = [list(tensor.shape) for tensor in tensors]
+    fits = source.ndim == 3 and others == [shape, [shape[0], 8, *shape[1:]]]
+    if not fits or {tensor.dtype for tensor in tensors} != {torch.int32}:
+        given = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors)
+        raise ValueError(f"source, sink and capacity must be int32, [B, H, W] twice and [B, 8, H, W], but are {given}")
     if not source.numel():
         return source > 0
-    return _solver(solver, source.device)(source, sink, capacity)
-
-
-def _solver(name: str, on: device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    if name not in SOLVERS:
-        raise ValueError(f"solver={name!r} is not one of {', '.join(map(repr, SOLVERS))}")
-    if name == "triton" and fused.OFF:
+    if source.device.type == "cpu" and (least := min(int(tensor.min()) for tensor in tensors)) < 0:
+        raise ValueError(f"capacities must not be negative, but one is {least}")
+    if solver == "auto":  # the fastest that runs where the tensors are
+        on_cpu = "pymaxflow" if find_spec("maxflow") else "scipy"
+        by_kernel = kernel_trial.kernel_works("min cuts", source.device, _small_cuts)
+        solver = "triton" if by_kernel else on_cpu if source.device.type == "cpu" else "torch"
+    elif solver == "triton" and kernel_trial.OFF:
         raise ValueError('solver="triton" is turned off by MASKEVOLVE_KERNELS=0: use solver="auto"')
-    if name == "auto":
-        on_cpu = "pymaxflow" if on.type == "cpu" and find_spec("maxflow") else "torch"
-        name = "triton" if fused.works("min cuts", on, _agrees) else on_cpu
-    if name == "pymaxflow":
-        from .pymaxflow import min_cut
-    elif name == "triton":
-        from .kernel import min_cut
-    else:
-        from .plain import min_cut
-    return min_cut
+    try:
+        module = import_module({"torch": ".plain", "triton": ".kernel"}.get(solver, f".{solver}"), __package__)
+        cut: Tensor = module.min_cut(source, sink, capacity)
+    except ImportError as error:
+        needed = f'solver="{solver}" needs {SOLVERS[solver]}: pip install {SOLVERS[solver]}'
+        raise ImportError(f'{needed}, or use solver="auto"') from error
+    return cut
 
 
-def _agrees(on: device) -> bool:
-    """Whether the kernel cuts two small grids as plain torch does."""
-    from .kernel import min_cut as by_kernel
-    from .plain import min_cut
+def edge_pairs(nodes: Any, capacity: Any) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """Of nodes [B, H, W] and capacities [B, 8, H, W], the edges of four directions: from, to, forth, back, all flat."""
+    for pair, (rows, columns) in enumerate(OFFSETS[::2]):
+        here = (..., slice(-rows or None), slice(max(-columns, 0), -max(columns, 0) or None))
+        there = (..., slice(rows, None), slice(max(columns, 0), -max(-columns, 0) or None))
+        forth, back = capacity[:, 2 * pair][here], capacity[:, 2 * pair + 1][there]
+        yield nodes[here].ravel(), nodes[there].ravel(), forth.ravel(), back.ravel()
 
-    draws = (arange(2 * 10 * 3 * 4, device="cpu") * 7919 % 101).int().view(2, 10, 3, 4)
-    grids = [(draws[:, 0] - 50).clamp(min=0), (50 - draws[:, 1]).clamp(min=0), draws[:, 2:] // 4]
-    return equal(by_kernel(*(tensor.to(on) for tensor in grids)).cpu(), min_cut(*grids))
 
-
-def _check(source: Tensor, sink: Tensor, capacity: Tensor) -> None:
-    shapes = [list(tensor.shape) for tensor in (source, sink, capacity)]
-    if source.ndim != 3 or shapes[1] != shapes[0] or shapes[2] != [shapes[0][0], 8, *shapes[0][1:]]:
-        raise ValueError(
-            "source and sink must be [B, H, W] and capacity [B, 8, H, W], "
-            f"but they are {shapes[0]}, {shapes[1]} and {shapes[2]}"
-        )
-    dtypes = [tensor.dtype for tensor in (source, sink, capacity)]
-    if set(dtypes) != {int32}:
-        raise ValueError(f"source, sink and capacity must be int32, but they are {', '.join(map(str, dtypes))}")
-    if source.device.type == "cpu" and source.numel():
-        least = min(int(tensor.min()) for tensor in (source, sink, capacity))
-        if least < 0:
-            raise ValueError(f"capacities must not be negative, but one is {least}")
+def _small_cuts(device: torch.device, by_kernel: bool) -> list[Tensor]:
+    draws = (torch.arange(2 * 10 * 3 * 4, device="cpu") * 7919 % 101).int().view(2, 10, 3, 4).to(device)
+    source, sink, capacity = (draws[:, 0] - 50).clamp(min=0), (50 - draws[:, 1]).clamp(min=0), draws[:, 2:] // 4
+    return [grid_min_cut(source, sink, capacity, solver="triton" if by_kernel else "torch")]

@@ -8,19 +8,14 @@ Directions come in four pairs, forth and back, as rows of [4, nodes], and are pu
 import os
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from .plain import min_cut as torch_min_cut
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError('solver="triton" needs Triton: pip install triton, or use solver="torch"') from error
+from . import plain
 
 MOST_NODES = 1024  # of a grid in one program
-ROUNDS = 1024  # of SWEEPS sweeps each; a few are enough for images
-SWEEPS = 8  # between two exact recomputations of the heights
+ROUNDS = 1024  # of `plain.SWEEPS` sweeps each; a few are enough for images
 
 
 def min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, rounds: int = ROUNDS) -> Tensor:
@@ -35,15 +30,14 @@ def min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, rounds: int = ROU
         raise ValueError('solver="triton" needs tensors on a GPU, but these are on the CPU: use solver="auto"')
     batch_size, height, width = source.shape
     if height * width > MOST_NODES:
-        return torch_min_cut(source, sink, capacity)
+        return plain.min_cut(source, sink, capacity)
     reaches_sink = torch.empty(source.shape, dtype=torch.bool, device=source.device)
     block = max(triton.next_power_of_2(height * width), 32)
-    heights = torch.empty(batch_size, block, dtype=torch.int32, device=source.device)
-    flows = torch.empty(batch_size, 8, block, dtype=torch.int64, device=source.device)
+    heights, flows = source.new_empty(batch_size, block), source.new_empty(batch_size, 8, block, dtype=torch.int64)
     with torch.cuda.device_of(source):  # Triton launches on the current device
         _min_cut_kernel[(batch_size,)](
-            source.contiguous(), sink.contiguous(), capacity.contiguous(), reaches_sink, heights, flows,
-            height, width, rounds, SWEEPS=SWEEPS, BLOCK=block, num_warps=max(1, block // 64), enable_fp_fusion=False,
+            source.contiguous(), sink.contiguous(), capacity.contiguous(), reaches_sink, heights, flows, height, width,
+            rounds, SWEEPS=plain.SWEEPS, BLOCK=block, num_warps=max(1, block // 64), enable_fp_fusion=False,
         )  # fmt: skip
     return reaches_sink
 
@@ -52,20 +46,16 @@ def min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, rounds: int = ROU
 # registers and 32 KB of shared memory.
 @triton.jit(do_not_specialize=["height", "width", "rounds"])
 def _min_cut_kernel(
-    source, sink, capacity, reaches_sink, heights, flows, height, width, rounds,
-    SWEEPS: tl.constexpr, BLOCK: tl.constexpr,
+    source, sink, capacity, reaches_sink, heights, flows, height, width, rounds, SWEEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    image, nodes = tl.program_id(0).to(tl.int64), height * width
-    heights += image * BLOCK
-    flows += image * 8 * BLOCK
-    node = tl.arange(0, BLOCK)
-    inside = node < nodes
+    image, nodes, node = tl.program_id(0).to(tl.int64), height * width, tl.arange(0, BLOCK)
+    heights, flows, inside = heights + image * BLOCK, flows + image * 8 * BLOCK, node < nodes
     # 64 bits: the sums of 32-bit capacities do not overflow.
     excess = tl.load(source + image * nodes + node, mask=inside, other=0).to(tl.int64)
     to_sink = tl.load(sink + image * nodes + node, mask=inside, other=0).to(tl.int64)
     straight = tl.minimum(excess, to_sink)
     excess, to_sink = excess - straight, to_sink - straight
-
     # The directions E, S, SE, SW as rows; the ways back are W, N, NW, NE.
     pair = tl.arange(0, 4)[:, None]
     down, right = tl.where(pair > 0, 1, 0), tl.where(pair == 1, 0, tl.where(pair == 3, -1, 1))
@@ -76,12 +66,10 @@ def _min_cut_kernel(
     edge = capacity + (image * 8 + 2 * pair) * nodes + node[None, :]
     forth = tl.load(edge, mask=ahead, other=0).to(tl.int64)
     back = tl.load(edge + nodes, mask=behind, other=0).to(tl.int64)
-
     far = nodes + 1  # farther from the sink than any node that reaches it
     label = _distance(to_sink, forth, back, heights, node, step, ahead, behind, far)
     while tl.max(tl.where((excess > 0) & (label < far), 1, 0)) > 0:
-        sweeps = tl.where(rounds > 0, SWEEPS, 1)
-        for _ in range(sweeps):
+        for _ in range(tl.where(rounds > 0, SWEEPS, 1)):
             pushed = tl.where(label == 1, tl.minimum(excess, to_sink), 0)
             excess, to_sink = excess - pushed, to_sink - pushed
             after, before = _neighbours(label, heights, node, step, ahead, behind)
@@ -102,9 +90,8 @@ def _neighbours(label, heights, node, step, ahead, behind):
     tl.debug_barrier()  # all have read the heights before
     tl.store(heights + node, label)
     tl.debug_barrier()
-    after = tl.load(heights + node[None, :] + step, mask=ahead, other=0)
-    before = tl.load(heights + node[None, :] - step, mask=behind, other=0)
-    return after, before
+    heights += node[None, :]
+    return tl.load(heights + step, mask=ahead, other=0), tl.load(heights - step, mask=behind, other=0)
 
 
 @triton.jit
@@ -116,8 +103,7 @@ def _push(excess, residual, reverse, downhill, place, to_giver, given):
     tl.store(place, flow)
     tl.debug_barrier()
     arrived = tl.load(place + to_giver, mask=given, other=0)
-    excess += tl.sum(arrived, 0) - tl.sum(flow, 0)
-    return excess, residual - flow, reverse + arrived
+    return excess + tl.sum(arrived, 0) - tl.sum(flow, 0), residual - flow, reverse + arrived
 
 
 @triton.jit
@@ -131,8 +117,7 @@ def _lowest(to_sink, forth, back, after, before, far):
 @triton.jit
 def _distance(to_sink, forth, back, heights, node, step, ahead, behind, far):
     """Residual edges on the shortest way to the sink; `far` where there is none."""
-    distance = tl.where(to_sink > 0, 1, far)
-    nearer = 1
+    distance, nearer = tl.where(to_sink > 0, 1, far), 1
     while nearer > 0:
         after, before = _neighbours(distance, heights, node, step, ahead, behind)
         lowest = tl.minimum(distance, _lowest(to_sink, forth, back, after, before, far))

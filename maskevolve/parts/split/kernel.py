@@ -1,29 +1,24 @@
 """The tree of parts on a GPU: one launch for the terminals of a level and one for its split, and no host sync.
 
-To the bit what `torch.py` does. A program takes one part. The patches of a part are listed in a row, so that it reads
-only their rows and columns of the gram matrix: a level costs no more than the one above, and nothing is masked.
+It gives the same bits as `plain.py`. A program takes one part. The patches of a part are listed in a row, so that it
+reads only their rows and columns of the gram matrix: a level costs no more than the one above, and nothing is masked.
 """
 
 # No annotations of __future__: the interpreter of Triton 3.0, which torch 2.4 brings, looks for constexpr itself.
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import LIMIT, LLOYD_STEPS, RESOLUTION, SCALE
+from .plain import LIMIT, LLOYD_STEPS, RESOLUTION, SCALE
 
 LOADS = 32  # that a thread has under way at a time
-MIDDLE = tl.constexpr(6755399441055744.0)  # 1.5 * 2 ** 52: around it, float64s are integers
+MIDDLE = tl.constexpr(6755399441055744.0)  # 1.5 * 2 ** 52: float64s near it are integers, so + - rounds, half to even
 SETTINGS = {"LLOYD_STEPS": LLOYD_STEPS, "RESOLUTION": RESOLUTION, "SCALE": SCALE, "LIMIT": LIMIT}
 
 
 class TritonParts:
-    """See `Parts`.
-
-    Memory beside the gram matrix: at most 40 bytes a patch, and 16 a part.
-    """
+    """See `TorchParts`. Memory beside the gram matrix: at most 40 bytes a patch, and 16 a part."""
 
     def __init__(self, gram: Tensor) -> None:
         batch_size, patches, _ = gram.shape
@@ -32,18 +27,15 @@ class TritonParts:
         self.labels = torch.zeros(batch_size, patches, dtype=torch.long, device=gram.device)
         # The patches of part p of an image are order[starts[p]:starts[p + 1]], in rising order.
         self.order = torch.arange(patches, dtype=torch.int32, device=gram.device).repeat(batch_size, 1)
-        ends = torch.arange(0, patches + 1, patches, dtype=torch.int32, device=gram.device)
-        self.starts = ends.repeat(batch_size, 1)
+        self.starts = torch.arange(0, patches + 1, patches, dtype=torch.int32, device=gram.device).repeat(batch_size, 1)
         self.second = torch.empty_like(self.inner)  # where programs note what is in the second half
 
     def terminals(self) -> tuple[Tensor, Tensor]:
-        """See `Parts.terminals`."""
         source, sink = torch.empty_like(self.order), torch.empty_like(self.order)
         self._run(_terminals_kernel, source, sink, **SETTINGS)
         return source, sink
 
     def split(self, sides: Tensor) -> Tensor:
-        """See `Parts.split`."""
         parts = 1 << self.level
         gain = torch.empty(len(sides), parts, dtype=torch.float64, device=sides.device)
         order, starts = torch.empty_like(self.order), self.starts.new_empty(len(sides), 2 * parts + 1)
@@ -51,7 +43,7 @@ class TritonParts:
         self.order, self.starts, self.level = order, starts, self.level + 1
         return gain
 
-    def _run(self, kernel: Any, *tensors: Tensor, **settings: int) -> None:
+    def _run(self, kernel, *tensors, **settings):
         batch_size, patches = self.order.shape
         block = max(triton.next_power_of_2(patches), 32)
         # Parts get smaller: more programs at a time, of fewer threads, where a thread can hold what falls to it.
@@ -65,24 +57,24 @@ class TritonParts:
 
 
 @triton.jit
-def _part(order, starts, patches, BLOCK: tl.constexpr):
-    """Of this program's part: its place in the list, its size, its patches, and which of them are there."""
+def _part(gram, order, starts, second, patches, BLOCK: tl.constexpr):
+    """Of this program: its tensors, start and size of its part, its patches, their places, which lanes hold one."""
     image, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     starts += image * (tl.num_programs(1) + 1) + part
     start = tl.load(starts)
     size = tl.load(starts + 1) - start
-    lane = tl.arange(0, BLOCK)
-    inside = lane < size
+    inside = tl.arange(0, BLOCK) < size
     order += image * patches + start
-    return order, size, tl.load(order + lane, mask=inside, other=0), inside
+    patch = tl.load(order + tl.arange(0, BLOCK), mask=inside, other=0)
+    gram += image * patches * patches
+    return gram, order, second + image * patches, start, size, patch, image * patches + patch, inside
 
 
 @triton.jit
 def _column_of_largest(gram, order, values, patch, inside, patches, BLOCK: tl.constexpr):
     """Inner product of each patch with the one that has the largest value, the first of these."""
-    lane = tl.arange(0, BLOCK)
     largest = tl.max(tl.where(inside, values, -(1 << 62)))
-    seed = tl.load(order + tl.min(tl.where(inside & (values == largest), lane, BLOCK - 1)))
+    seed = tl.load(order + tl.min(tl.where(inside & (values == largest), tl.arange(0, BLOCK), BLOCK - 1)))
     return tl.load(gram + seed.to(tl.int64) * patches + patch, mask=inside, other=0).to(tl.int64)
 
 
@@ -104,20 +96,15 @@ def _product(gram, order, second, flags, size, patch, inside, patches, ROWS: tl.
 
 @triton.jit
 def _terminals_kernel(
-    gram, order, starts, inner, second, source, sink, patches,
-    LLOYD_STEPS: tl.constexpr, RESOLUTION: tl.constexpr, SCALE: tl.constexpr, LIMIT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    gram, order, starts, inner, second, source, sink, patches, LLOYD_STEPS: tl.constexpr, RESOLUTION: tl.constexpr,
+    SCALE: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    order, size, patch, inside = _part(order, starts, patches, BLOCK)
+    gram, order, second, _start, size, patch, at, inside = _part(gram, order, starts, second, patches, BLOCK)
     if size == 0:
         return
-    image = tl.program_id(0).to(tl.int64)
-    gram += image * patches * patches
-    second += image * patches
-    at = image * patches + patch
     total = tl.load(inner + at, mask=inside, other=0).to(tl.int64)
     norm = tl.load(gram + patch.to(tl.int64) * (patches + 1), mask=inside, other=0).to(tl.int64)
-    # Squared distances, but for what all patches share: to the mean, then to the first seed.
+    # Squared distances to the mean, then to the first seed, less what all patches share.
     first = _column_of_largest(gram, order, size * norm - 2 * total, patch, inside, patches, BLOCK)
     along = first - _column_of_largest(gram, order, norm - 2 * first, patch, inside, patches, BLOCK)
     for _ in range(LLOYD_STEPS):
@@ -126,36 +113,31 @@ def _terminals_kernel(
         # Where patches lie on the line from the second mean to the first, in a unit that is the part's own.
         along = tl.sum(flags.to(tl.int64)) * total - size * product
     along = tl.where(inside, size * along - tl.sum(along), 0)
-    largest = tl.maximum(tl.max(tl.abs(along)), 1)
-    unit = _rounded(along.to(tl.float64) * RESOLUTION / largest.to(tl.float64))
+    unit = along.to(tl.float64) * RESOLUTION / tl.maximum(tl.max(tl.abs(along)), 1).to(tl.float64)
+    unit = (unit + MIDDLE) - MIDDLE
     square = tl.sum(unit.to(tl.int64) * unit.to(tl.int64)) // size
-    root = tl.maximum(_rounded(tl.sqrt(square.to(tl.float64))), 1)
-    scaled = tl.minimum(tl.maximum(_rounded(unit * SCALE / root), -LIMIT), LIMIT)
+    root = tl.maximum((tl.sqrt(square.to(tl.float64)) + MIDDLE) - MIDDLE, 1)
+    scaled = tl.minimum(tl.maximum((unit * SCALE / root + MIDDLE) - MIDDLE, -LIMIT), LIMIT)
     tl.store(source + at, tl.maximum(scaled, 0).to(tl.int32), mask=inside)
     tl.store(sink + at, tl.maximum(-scaled, 0).to(tl.int32), mask=inside)
 
 
 @triton.jit
 def _split_kernel(
-    gram, order, starts, inner, second, sides, gain, labels, order_after, starts_after, patches,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    gram, order, starts, inner, second, sides, gain, labels, order_after, starts_after, patches, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     image, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    start = tl.load(starts + image * (parts + 1) + part)
-    order, size, patch, inside = _part(order, starts, patches, BLOCK)
-    gram += image * patches * patches
-    at = image * patches + patch
+    gram, order, second, start, size, patch, at, inside = _part(gram, order, starts, second, patches, BLOCK)
     flags = inside & (tl.load(sides + at, mask=inside, other=0) != 0)
     total = tl.load(inner + at, mask=inside, other=0).to(tl.int64)
-    product = _product(gram, order, second + image * patches, flags, size, patch, inside, patches, ROWS, BLOCK)
+    product = _product(gram, order, second, flags, size, patch, inside, patches, ROWS, BLOCK)
     product = tl.where(flags, product, total - product)
-
     count = tl.sum(flags.to(tl.int32))
     square, square_second = tl.sum(total), tl.sum(tl.where(flags, product, 0))
     explained = _over(tl.sum(product) - square_second, size - count) + _over(square_second, count)
     drop = tl.maximum(explained - _over(square, size), 0)
     tl.store(gain + image * parts + part, tl.where((count > 0) & (count < size), _over(drop * drop, size), -1))
-
     tl.store(inner + at, product.to(tl.float32), mask=inside)
     tl.store(labels + at, (2 * part + flags.to(tl.int32)).to(tl.int64), mask=inside)
     # A stable partition of the list: the first half, then the second.
@@ -166,12 +148,6 @@ def _split_kernel(
     tl.store(starts_after, start)
     tl.store(starts_after + 1, start + size - count)
     tl.store(starts_after + 2, start + size, mask=part == parts - 1)
-
-
-@triton.jit
-def _rounded(value):
-    """To the nearest integer, half to even: float64s below 2 ** 51."""
-    return (value + MIDDLE) - MIDDLE
 
 
 @triton.jit

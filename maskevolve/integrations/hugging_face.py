@@ -1,27 +1,78 @@
-"""Models of Hugging Face that take `bool_masked_pos`: SimMIM's, BEiT's, data2vec's, DINOv2's."""
-
-from __future__ import annotations
+"""Hugging Face's ViTMAE, and its models that take `bool_masked_pos`: SimMIM's, BEiT's, data2vec's, DINOv2's."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..masks.functional import num_visible
-from ..masks.kinds import Masking
+from ..masks import Masking, num_visible
+from ..teachers import PartTeacher
+from ..teachers.average import unwrap
 from ..teachers.patch_grid import patch_grid
-from ..teachers.teacher import PartTeacher, unwrap
+from .eager import Eager
 from .evolution import Evolution, Teacher
-
-__all__ = ["apply_to_mim"]
 
 REFUSED = {
     "videomae": "masks tubes of a video, and the masks here are those of images",
     "seggpt": "takes bool_masked_pos for the half of its picture that it is to fill in",
 }
 """Model types whose `bool_masked_pos` is something else, and what that is."""
+
+
+def apply_to_vit_mae(model: nn.Module, masking: Masking, teacher: Teacher | None = None) -> Evolution:
+    """Let a ViTMAE of Hugging Face mask with `masking`, in place of its own `random_masking(sequence, noise)`.
+
+    The mask ratio stays that of the model's config. Where a call is given `noise`, the mask is that of the noise, as
+    ever: the patches with the lowest noise stay.
+
+    Args:
+        model: a ViTMAEModel or ViTMAEForPreTraining, wrapped in DistributedDataParallel or compiled or not.
+        masking: the mask.
+        teacher: where the mask gets its parts from: see `Evolution`. A PartTeacher is built from the same model or from
+            its encoder, ``model.vit``.
+
+    Returns:
+        Evolution: what moves the masks along, by hand or in `trainer_callback`.
+
+    Raises:
+        TypeError: where the model is no ViTMAE.
+        ValueError: as `Evolution`.
+
+    Examples:
+        >>> from transformers import ViTMAEConfig, ViTMAEModel
+        >>> from maskevolve import GridMask
+        >>> config = ViTMAEConfig(hidden_size=48, num_attention_heads=3, num_hidden_layers=1, mask_ratio=0.5)
+        >>> model = ViTMAEModel(config)
+        >>> evolution = apply_to_vit_mae(model, GridMask())
+        >>> model(torch.randn(2, 3, 224, 224)).last_hidden_state.shape  # 98 patches and the class token
+        torch.Size([2, 99, 48])
+
+    Source: https://arxiv.org/abs/2111.06377
+    """
+    model = unwrap(model)
+    embeddings: Any = next((module for module in model.modules() if hasattr(module, "random_masking")), None)
+    if not (hasattr(model, "base_model") and hasattr(embeddings, "patch_embeddings")):
+        raise TypeError(
+            f"{type(model).__name__} is no ViTMAE of Hugging Face: pass a ViTMAEForPreTraining or ViTMAEModel"
+        )
+    encoder = cast(nn.Module, model.base_model)
+    where = f"{type(embeddings).__name__}.random_masking without noise"
+    evolution = Evolution(encoder, masking, teacher, _student(model, encoder, teacher), where)
+    evolution.note_images(embeddings.patch_embeddings)
+    evolution.replace(embeddings, "random_masking", _random_masking)
+    return evolution
+
+
+def _random_masking(
+    evolution: Evolution, module: Any, own: Callable[..., Any], sequence: Tensor, noise: Tensor | None = None
+) -> Any:
+    if noise is not None:
+        return own(sequence, noise)
+    return evolution.mask(sequence, num_visible(sequence.shape[1], module.config.mask_ratio))
 
 
 def apply_to_mim(
@@ -42,21 +93,18 @@ def apply_to_mim(
         model: the model that computes the loss, such as ViTForMaskedImageModeling, or a bare one, such as Dinov2Model,
             where you compute it; wrapped in DistributedDataParallel or compiled or not.
         masking: the mask.
-        teacher: where the mask gets its parts from: a PartTeacher that was built from the same model or from its
-            ``base_model``, or any callable from images to integer labels, [B, N] or, of any size, [B, h, w]. None for a
-            mask that needs none, and where they come with each batch: ``evolution.see(parts=labels)``.
+        teacher: where the mask gets its parts from: see `Evolution`. A PartTeacher is built from the same model or from
+            its ``base_model``.
         mask_ratio: share of patches to remove, in [0, 1), for these models have none in their config. SimMIM removes
             0.6, BEiT 0.4.
 
     Returns:
-        Evolution: call ``.set_epoch(epoch)`` in each epoch, ``.update()`` after each optimizer step, or leave both to
-        `trainer_callback`.
+        Evolution: what moves the masks along, by hand or in `trainer_callback`.
 
     Raises:
         TypeError: where the model takes no `bool_masked_pos`, or one that is no mask of patches (VideoMAE, SegGPT).
-        ValueError: where the model was made without a mask token, the mask ratio leaves nothing, the model has evolving
-            masks already, the teacher was built for another architecture, or is a PartTeacher for a model that merges
-            patches. At the first mask that needs parts, where there are none.
+        ValueError: where the model was made without a mask token, the mask ratio leaves nothing, the teacher is a
+            PartTeacher for a model that merges patches, and as `Evolution`.
 
     Examples:
         >>> from transformers import ViTConfig, ViTForMaskedImageModeling
@@ -81,24 +129,22 @@ def apply_to_mim(
             f"{type(model).__name__} merges patches and has no attention between all of them, for a PartTeacher to "
             "read: use a mask without parts, or parts from elsewhere"
         )
-    of_body = isinstance(teacher, PartTeacher) and type(teacher.model.module) is type(body)
-    evolution = Evolution(body, masking, teacher, body if of_body else model, f"{type(model).__name__}.forward")
+    student = _student(model, body, teacher)
+    evolution = Evolution(body, masking, teacher, student, f"{type(model).__name__}.forward")
+    size = getattr(model.config, "image_size", 224)
     try:
-        num_visible(math.prod(_mask_grid(body, _empty_image(model.config), merged)), mask_ratio)
+        empty = torch.empty(1, 3, *((size, size) if isinstance(size, int) else size), device="meta")
+        num_visible(math.prod(_mask_grid(body, empty, merged)), mask_ratio)
     except ValueError:
         evolution.remove()
         raise
-
-    def put_mask(module: nn.Module, call: dict[str, Any]) -> dict[str, Any] | None:
-        if not _wants_mask(module, call):
-            return None
-        call["bool_masked_pos"] = mask = _draw(evolution, call["pixel_values"], mask_ratio, merged)
-        if call.get("labels") is not None:
-            call["labels"] = _labels_of(call["labels"], mask)
-        return call
-
-    evolution.hook(model, put_mask)
+    evolution.replace(model, "forward", Eager(partial(_put_mask, mask_ratio, merged), recursive=False))
     return evolution
+
+
+def _student(model: nn.Module, body: nn.Module, teacher: Any) -> nn.Module:
+    """What the teacher follows: the model or, where it was built from that, its body without a head or decoder."""
+    return body if isinstance(teacher, PartTeacher) and type(teacher.model.module) is type(body) else model
 
 
 def _takes_mask(model: nn.Module) -> bool:
@@ -110,7 +156,8 @@ def _check_host(model: Any) -> None:
     if not (hasattr(model, "base_model") and hasattr(model, "config") and _takes_mask(model)):
         raise TypeError(
             f"{name} is no model of Hugging Face that takes `pixel_values` and `bool_masked_pos`: pass one that does, "
-            "such as ViTForMaskedImageModeling, or use apply_to_vit_mae for a ViTMAE"
+            "such as ViTForMaskedImageModeling, or use apply_to_vit_mae for a ViTMAE. For a model of another code base "
+            "that must be given its mask, see docs/hosts/index.md"
         )
     if model.config.model_type in REFUSED:
         raise TypeError(f"{name} {REFUSED[model.config.model_type]}: no evolving masks for this model")
@@ -119,6 +166,26 @@ def _check_host(model: Any) -> None:
             f"this {name} was made without a mask token, and can mask nothing: make it with use_mask_token=True, in "
             "its config or as an argument of its class"
         )
+
+
+def _put_mask(
+    mask_ratio: float,
+    merged: int,
+    evolution: Evolution,
+    module: nn.Module,
+    own: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """A forward pass of the model: with our mask, where it is to be masked."""
+    names = list(signature(type(module).forward).parameters)[1:]
+    call = dict(zip(names, args, strict=False)) | kwargs
+    with evolution.forward_pass(module, []):
+        if _wants_mask(module, call):
+            call["bool_masked_pos"] = mask = _draw(evolution, call["pixel_values"], mask_ratio, merged)
+            if call.get("labels") is not None:
+                call["labels"] = _labels_of(call["labels"], mask)
+        return own(**call)
 
 
 def _wants_mask(module: nn.Module, call: dict[str, Any]) -> bool:
@@ -132,9 +199,8 @@ def _wants_mask(module: nn.Module, call: dict[str, Any]) -> bool:
 def _draw(evolution: Evolution, images: Tensor, mask_ratio: float, merged: int) -> Tensor:
     """Which patches are removed, [B, N] bool."""
     grid = _mask_grid(evolution.model, images, merged)
-    evolution.see(images)
     patches = images.new_zeros(len(images), math.prod(grid), 1, dtype=torch.float32)
-    mask = evolution.mask(patches, mask_ratio, grid).mask.bool()
+    mask = evolution.mask(patches, num_visible(math.prod(grid), mask_ratio), grid, images).mask.bool()
     if merged > 1:
         mask = mask.unflatten(1, grid).repeat_interleave(merged, 1).repeat_interleave(merged, 2).flatten(1)
         evolution.last_mask = mask.float()
@@ -150,12 +216,6 @@ def _mask_grid(model: nn.Module, images: Tensor, merged: int) -> tuple[int, int]
             f"{height} x {width}: give it images whose height and width are multiples of these"
         )
     return height // merged, width // merged
-
-
-def _empty_image(config: Any) -> Tensor:
-    """An image of the size that the model was made for, without memory."""
-    size = getattr(config, "image_size", 224)
-    return torch.empty(1, 3, *((size, size) if isinstance(size, int) else size), device="meta")
 
 
 def _labels_of(labels: Tensor, mask: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from skimage.segmentation import slic
 
 from maskevolve import EvolvingMask, GraphCutPartitioner, RandomMask, parts_from_segmentation
 from maskevolve.integrations import apply_to_timm
-from maskevolve.masks.fixed import fixed_masks
-from maskevolve.teachers.attention import token_affinity
+from maskevolve.masks import fixed_masks
+from maskevolve.teachers import token_affinity
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
 pictures = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pictures)

@@ -1,7 +1,5 @@
 """What runs after each step of an optimizer, whatever it is wrapped in."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import wraps
@@ -10,22 +8,14 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["call_after_steps", "is_active", "unwrap_optimizer"]
-
 
 def call_after_steps(optimizer: Any, function: Callable[[], None]) -> RemovableHandle:
-    """Call a function after each step of an optimizer that is not skipped.
-
-    Args:
-        optimizer: what `unwrap_optimizer` returns.
-        function: without arguments.
-
-    Returns:
-        A handle, whose ``.remove()`` ends it.
-    """
+    """Call a function after each step that is not skipped of what `unwrap_optimizer` returned, until `.remove()`."""
 
     def after(*_: Any) -> None:
-        if not _was_skipped(optimizer):
+        # float16 gradients may overflow: a GradScaler tells a fused optimizer, and DeepSpeed's optimizers say so.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if not getattr(optimizer, "overflow", False) and not (found_inf is not None and bool(found_inf)):
             function()
 
     if _runs_hooks(optimizer):
@@ -53,19 +43,12 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 
 def is_active(handle: RemovableHandle | None) -> bool:
     """Whether there is a handle, and what it stands for is still called."""
-    hooks = None if handle is None else handle.hooks_dict_ref()
-    return handle is not None and hooks is not None and handle.id in hooks
+    return handle is not None and handle.id in (handle.hooks_dict_ref() or ())
 
 
 def _runs_hooks(optimizer: Any) -> bool:
     """Whether torch has made this optimizer's step run hooks: not that of a subclass that leaves out `__init__`."""
     return getattr(type(optimizer).step, "hooked", False)
-
-
-def _was_skipped(optimizer: Any) -> bool:
-    """Whether float16 gradients overflowed. A GradScaler tells a fused optimizer, DeepSpeed's optimizers say so."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    return bool(getattr(optimizer, "overflow", False)) or (found_inf is not None and bool(found_inf))
 
 
 def _wrap_step(optimizer: Any, after: Callable[[], None]) -> RemovableHandle:

@@ -23,8 +23,7 @@ from tables import pretraining_cells
 from test_pretrain import equal
 from torch.nn.functional import avg_pool2d
 
-from maskevolve import RandomMask
-from maskevolve.masks.functional import MaskedPatches
+from maskevolve import MaskedPatches, RandomMask
 
 CI = SIZES["ci"]
 CLASSES, TRAIN, VAL = 3, 20, 6

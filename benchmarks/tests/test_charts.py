@@ -1,12 +1,18 @@
-"""The charts of the pages show what the files of results say today."""
+"""The charts and the figures of the pages show what the files of results say today."""
 
 import json
 from xml.etree import ElementTree
 
 import charts
 import pytest
+import tables
 
 NAMES = {"svg": "http://www.w3.org/2000/svg", "dc": "http://purl.org/dc/elements/1.1/"}
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_the_figures_are_those_of_the_result_files(page):
+    assert tables.render(page.read_text()) == page.read_text(), "run python benchmarks/tables.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,61 @@
+"""What both partitioners do with an affinity before they cut it."""
+
+import warnings
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .hierarchy import check_num_parts
+from .segmentation import plain_tensor
+
+_lock = Lock()  # of the counts of all partitioners: one of their own could not be copied
+
+
+class Partitioner(nn.Module):
+    """A number of parts, and one warning of values that are NaN or inf."""
+
+    def __init__(self, num_parts: int) -> None:
+        super().__init__()
+        self.num_parts = check_num_parts(num_parts)
+        self._warned: set[str] = set()
+        self._bad: dict[str, Tensor] = {}  # how many values were NaN or inf, where the host can see it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bad": {}}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if key[0] != "_" and key != "training")
+
+    def clean(self, affinity: Tensor) -> Tensor:
+        """Checked, [B, N, N] in 32 bits or more: mean over heads, NaN, inf and negative ones 0, the largest 1."""
+        given = plain_tensor("affinity", affinity)
+        if given.ndim not in (3, 4) or given.shape[-1] != given.shape[-2] or 0 in given.shape[1:]:
+            what = "[B, N, N] or [B, heads, N, N], with a row and a column for each patch"
+            raise ValueError(f"affinity has shape {list(given.shape)}, but must be {what}")
+        affinity = given.nan_to_num(0, 0, 0)
+        self.warn_of("affinities", given != affinity, "the model that they come from may have diverged")
+        affinity = (affinity if affinity.dtype == torch.float64 else affinity.float()).clamp_(min=0)
+        affinity /= safe_divisor(affinity.flatten(1).amax(1)).view(-1, *[1] * (affinity.ndim - 1))
+        return affinity.mean(1) if affinity.ndim == 4 else affinity
+
+    def warn_of(self, what: str, bad: Tensor, cause: str) -> None:
+        """Warn once of values that are bad; on a GPU a call later or more, so that the host need not wait."""
+        count = torch.count_nonzero(bad)
+        with _lock:
+            if what in self._warned:
+                return
+            seen = self._bad.get(what) if bad.is_cuda else count
+            if seen is None:
+                seen = self._bad[what] = torch.zeros_like(count, device="cpu").pin_memory()
+            if found := int(seen):
+                self._warned.add(what)
+                counted = f"{found} of {bad.numel()} {what} are NaN or inf and count as 0"
+                warnings.warn(f"{counted}: {cause}. This warning is given once.", stacklevel=5)
+            seen.copy_(count, non_blocking=True)
+
+
+def safe_divisor(divisor: Tensor) -> Tensor:
+    """The divisor with 1 in place of 0 and less, so that 0 / 0 gives 0."""
+    return torch.where(divisor > 0, divisor, 1)

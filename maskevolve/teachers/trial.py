@@ -1,0 +1,277 @@
+"""The one trial of a model: a pass of three small pictures, before it is relied on, and what that tells."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .average import refuse_sharded, without_weights
+from .encoder import all_patches, encode, encoder_of, entry_of, image_size, is_fatal, read_lock, untouched
+from .patch_grid import Pair, PatchGridError, patch_embedding, patch_grid, patch_layout
+from .softmax import AttentionMode
+
+# An attention module is one that has its number of heads under one of these names.
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
+T = TypeVar("T")
+Shape = tuple[int, ...]
+
+
+class Done(Exception):
+    """Ends a forward pass after what was to be read."""
+
+
+class Trial(NamedTuple):
+    """What was learned of a model. Modules are named, so that it holds for copies of the model."""
+
+    size: int  # how many modules the model has, by which a change shows; 0 where nobody changes it
+    pictures: Shape  # shape of the pictures
+    shapes: dict[str, Shape | None]  # of the softmax of the encoder's attention modules, as they ran; None: not seen
+    tokens: int | None  # how many tokens, [B, tokens, width], the first one that ran was given; None where none
+    prefixes: set[int]  # how many tokens come before the patches; negative where windows of an image attend
+    problem: str  # why patches are not where the patch grid has them, if they are not
+
+
+trials: WeakKeyDictionary[nn.Module, Trial] = WeakKeyDictionary()
+
+
+def trial_of(model: nn.Module, images: Tensor | None = None) -> Trial:
+    """What pictures tell of a model: tried when first asked for and where it changes, in the shape of images first."""
+    with read_lock:
+        trial = trials.get(model)
+        if trial is None or (trial.size and trial.size != len([*model.modules()])):
+            trials.pop(model, None)
+            trial = _try(model, images)
+            if not trial.problem:  # for the user may mend it
+                trials[model] = trial
+        return trial
+
+
+def _try(model: nn.Module, images: Tensor | None) -> Trial:
+    refuse_sharded(model)
+    found = _all_attention(model)
+    has_decoder = entry_of(model)[1] == "forward" and not hasattr(model, "base_model")
+
+    def run(pictures: Tensor) -> tuple[dict[nn.Module, Shape | None], list[Tensor], list[Tensor]]:
+        shapes: dict[nn.Module, Shape | None] = {}
+        given: list[Tensor] = []
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given.extend(() if shapes else tokens_in(module, args, kwargs))
+            shapes.setdefault(module, None)
+
+        def take(module: nn.Module, attention: Tensor) -> None:
+            shapes[module] = tuple(attention.shape)
+
+        # Without half of the patches, a decoder has more tokens than the encoder.
+        with AttentionMode(found, enter, take).hooked(), all_patches(model, 0.5 if has_decoder else 1.0) as masked:
+            encode(model, pictures)
+        return shapes, given, masked[:1]
+
+    pictures, (shapes, given, masked) = _try_pictures(model, run, images)
+    # A class token or a pooling head attends to patches, but they do not to one another.
+    ran = [module for module, shape in shapes.items() if shape is None or shape[-2] == shape[-1]] or list(found)
+    hidden = 0
+    if has_decoder and masked:
+        hidden = masked[0].shape[1] - max(1, masked[0].shape[1] // 2)
+        ran = [module for module in ran if shapes.get(module) == shapes.get(ran[0])]
+    elif has_decoder:  # the encoder is the list of blocks that images come to first
+        ran = [module for module in ran if _blocks_of(model, found[module]) == _blocks_of(model, found[ran[0]])]
+    seen = [(found[module], shapes.get(module)) for module in ran]
+    whole = {name: shape and (*shape[:-2], shape[-2] + hidden, shape[-1] + hidden) for name, shape in seen}
+    tokens = given[0].shape[1] + hidden if given else None
+    try:
+        grid = patch_grid(model, pictures)
+        problem = _problem(model, pictures, grid, masked, masked if hidden else masked + given)
+    except PatchGridError as error:
+        grid, problem = (1, 1), str(error)
+    counts = {tokens, *(shape[-1] for shape in whole.values() if shape)} - {None}
+    prefixes = {cast(int, count) - grid[0] * grid[1] for count in counts}
+    return Trial(len([*model.modules()]), tuple(pictures.shape), whole, tokens, prefixes, problem)
+
+
+def _problem(model: nn.Module, pictures: Tensor, grid: Pair, masked: list[Tensor], tokens: list[Tensor]) -> str:
+    """Why the patches that a model masks, or its tokens, are not those of the grid, row by row, if they are not."""
+    count = grid[0] * grid[1]
+    cut = f"should cut images of shape {list(pictures.shape)} into {grid[0]} x {grid[1]} patches"
+    should = f"{type(model).__name__} {cut}, by its {type(patch_embedding(model)).__name__}, but"
+    if masked and masked[0].shape[1] != count:
+        return f"{should} masks {masked[0].shape[1]} tokens: use a mask that needs no grid, such as RandomMask()"
+    for seen in tokens:
+        if len(seen) != len(pictures) or seen.shape[1] < count:
+            continue  # windows of images, or fewer tokens: no teacher reads them
+        change = (seen[1:, -count:].double() - seen[:1, -count:].double()).norm(dim=2).unflatten(1, grid)
+        for each in (change[0].T, change[1]):
+            third = (len(each) + 1) // 3  # without the middle, to which convolutions carry what changed
+            # Twice, for norms of whole images carry it everywhere: a seventh of it at most in models of timm.
+            if third and bool(each[:third].mean() < 2 * each[-third:].mean()):
+                return (
+                    f"{should} where half of a picture changed, its {seen.shape[1]} tokens changed elsewhere, too: set "
+                    "model.patch_embed.patch_size to the distance of its patches in pixels. If it reorders tokens, as "
+                    "Hiera does, take a model that does not, or a function from images to labels"
+                )
+    return ""
+
+
+def _try_pictures(model: nn.Module, run: Callable[[Tensor], T], images: Tensor | None = None) -> tuple[Tensor, T]:
+    """The first pictures, [3, C, height, width], with which `run` goes through the model, and what it returned."""
+    tried: dict[str, Exception] = {}
+    with read_lock, untouched(model):
+        for pictures in _pictures(model, images):
+            try:
+                return pictures, run(pictures)
+            except Exception as error:  # noqa: PERF203
+                if is_fatal(error):
+                    raise
+                tried[str(list(pictures.shape))] = error
+    patch_layout(model)  # raises an error that says more, where patches cannot be told
+    shape, cause = next(iter(tried.items()))
+    of_size = image_size(model) is None and len({str(error) for error in tried.values()}) > 1
+    advice = ". Where it takes images of one size, set model.img_size = (height, width), in pixels" if of_size else ""
+    raise ValueError(
+        f"{type(model).__name__} could not be tried on a picture. Tried: {', '.join(tried)}. Its error at {shape}: "
+        f"{type(cause).__name__}: {cause}. It must take images [B, C, height, width] alone: pass the encoder that does "
+        f"(a model of images and text has one for images){advice}"
+    ) from cause
+
+
+def _pictures(model: nn.Module, images: Tensor | None) -> Iterator[Tensor]:
+    """Pictures to try: noise, with another left half, and upper half; as `images`, as the model's own, as is likely."""
+    embed = patch_embedding(model)
+    modules = [] if embed is None else list(embed.modules())
+    owners = (*modules, model, getattr(model, "config", None))
+    numbers = (getattr(owner, name, None) for owner in owners for name in ("in_channels", "in_chans", "num_channels"))
+    channels = next((number for number in numbers if isinstance(number, int)), 3)
+    frames = [(1,), ()] if any(isinstance(module, nn.Conv3d) for module in modules) else [()]
+    size = image_size(model)
+    sizes = _likely_sizes(model) if size is None else [size]
+    shapes = [(channels, *frame, *each) for each in sizes for frame in frames]
+    weights = (weight for owner in (*modules, model) for weight in owner.parameters() if weight.is_floating_point())
+    weight = next(weights, torch.empty(()))
+    for shape in dict.fromkeys([*([] if images is None else [tuple(images.shape[1:])]), *shapes]):
+        pictures = torch.rand(3, *shape, device=weight.device).to(weight.dtype)
+        pictures[1, ..., shape[-1] // 2 :] = pictures[0, ..., shape[-1] // 2 :]
+        pictures[2, ..., shape[-2] // 2 :, :] = pictures[0, ..., shape[-2] // 2 :, :]
+        yield pictures
+
+
+def _likely_sizes(model: nn.Module) -> list[Shape]:
+    """What a model may be made for, as its position embeddings, [1, tokens, width], tell; and others."""
+    kernel = stride = (16, 16)
+    with suppress(PatchGridError):
+        kernel, stride, *_ = patch_layout(model)
+    tables = [each.shape[1] for each in (*model.parameters(), *model.buffers()) if each.ndim == 3 and len(each) == 1]
+    sides = [*sorted({math.isqrt(count) for count in tables if count > 3}, reverse=True), 4]
+    return [*(tuple((side - 1) * stride[axis] + kernel[axis] for axis in (0, 1)) for side in sides), (224, 224)]
+
+
+def tokens_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tokens, [B, tokens, width], that an attention module is called with: one tensor, or none."""
+    given = [value for value in (*args, *kwargs.values()) if torch.is_tensor(value) and value.ndim == 3][:1]
+    # nn.MultiheadAttention says whether it takes [tokens, B, width].
+    return given if getattr(module, "batch_first", True) else [value.transpose(0, 1) for value in given]
+
+
+def prefix_length(model: nn.Module, images: Tensor, tokens: int) -> int:
+    """How many of the tokens of images (class, register, ...) come before the patches, where that can be told."""
+    (height, width), trial = patch_grid(model, images), trial_of(model, images)
+    prefix = tokens - height * width
+    attends = f"{type(model).__name__} attends over {tokens} tokens"
+    patches = f"{height} x {width} patches of images of shape {list(images.shape)}"
+    if prefix < 0:
+        raise ValueError(f"{attends}, fewer than the {patches}: does it drop patches (masking, patch_drop_rate)?")
+    if trial.problem:
+        raise ValueError(trial.problem)
+    if prefix not in trial.prefixes:
+        raise ValueError(
+            f"{attends}, but should over {' or '.join(map(str, sorted(trial.prefixes)))} and the {patches}: set "
+            "model.patch_embed.patch_size to the distance of its patches in pixels, or choose another image size"
+        )
+    return prefix
+
+
+def check_shape(shape: Shape, before: Shape | None) -> None:
+    """Refuse attention that is not [B, heads, tokens, tokens], or not between the tokens of the layers before."""
+    after = "" if before is None else f" after {list(before)} in the layer before"
+    if len(shape) != 4 or (before is not None and (shape[0], *shape[2:]) != (before[0], *before[-2:])):
+        raise ValueError(
+            f"attention has shape {list(shape)}{after}, but must be [B, heads, tokens, tokens], between all tokens of "
+            "an image: unflatten the heads before the softmax, or choose layers without windows with layers=[...]"
+        )
+
+
+def check_affinity(model: nn.Module, layers: Sequence[int] | str | None) -> None:
+    """Refuse a model of which `layers`, or "tokens", could not be read in training, by what its trial told."""
+    attention, trial = attention_modules(model, None if isinstance(layers, str) else layers), trial_of(model)
+    tokens, before = trial.tokens, None
+    for name, _ in () if isinstance(layers, str) else attention:
+        shape = trial.shapes[name]
+        if shape is None:
+            raise RuntimeError(not_found(model, f"took no softmax attention in {name}"))
+        check_shape(shape, before)
+        before, tokens = shape, shape[-1]
+    if tokens is None:
+        raise RuntimeError(not_found(model, f"gave no tokens, [B, tokens, width], to {attention[0][0]}"))
+    prefix_length(model, torch.empty(trial.pictures, device="meta"), tokens)
+
+
+def check_patches(model: nn.Module) -> None:
+    """Refuse a model whose patch grid is not to be found, or not that of the patches that it makes and masks."""
+    patch_grid(model, torch.empty(1, 3, 1 << 12, 1 << 12, device="meta"))
+    if without_weights(model):
+        return  # Such weights cannot be run a part at a time.
+    try:
+        problem = trial_of(model).problem
+    except ValueError:
+        # Of an encoder that takes more than images, the patch embedding is tried alone.
+        problem, _ = "", _try_pictures(model, patch_embedding(model))
+    if problem:
+        raise ValueError(problem)
+
+
+def attention_modules(
+    model: nn.Module, layers: Sequence[int] | None = None, images: Tensor | None = None
+) -> list[tuple[str, nn.Module]]:
+    """The encoder's attention modules by name, without those of a decoder or pooling head; or `layers` of them."""
+    names = list(trial_of(model, images).shapes)
+    if not names:
+        raise RuntimeError(not_found(model, f"has no attention module, which is one with `{'` or `'.join(HEADS)}`"))
+    if isinstance(layers, int) or (layers is not None and not len(layers)):
+        raise ValueError(f"layers={layers} must be a list of at least one layer, such as [0, 1]")
+    count = len(names)
+    if bad := [layer for layer in layers or () if not -count <= layer < count]:
+        raise ValueError(f"layer {bad[0]} does not exist: the model has {count} attention layers, 0..{count - 1}")
+    wanted = names if layers is None else [names[layer] for layer in layers]
+    return [(name, model.get_submodule(name)) for name in wanted]
+
+
+def _all_attention(model: nn.Module) -> dict[nn.Module, str]:
+    """All modules that attend, and their names, those of a decoder too."""
+    inside = set(encoder_of(model).modules())
+    named = ((module, name) for name, module in model.named_modules() if module in inside)
+    found = {module: name for module, name in named if any(hasattr(module, heads) for heads in HEADS)}
+    # Where a block or the whole model has such a name too, the attention is what lies innermost.
+    return {module: name for module, name in found.items() if len(found.keys() & set(module.modules())) == 1}
+
+
+def _blocks_of(model: nn.Module, name: str) -> str | None:
+    """The name of the outermost list that a module is in."""
+    parts = name.split(".")
+    owners = (".".join(parts[:end]) for end in range(len(parts)))
+    lists = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    return next((owner for owner in owners if isinstance(model.get_submodule(owner), lists)), None)
+
+
+def not_found(model: nn.Module, what: str) -> str:
+    """The message where no attention is found: what happened, and the modules that were looked at."""
+    looked_at = [f"{name} ({type(module).__name__})" for name, module in model.named_modules() if name]
+    shown = ", ".join(looked_at[:40] + [f"{len(looked_at) - 40} more"] * (len(looked_at) > 40))
+    return (
+        f"{type(model).__name__} {what}. Attention is read where a module has its number of heads as `num_heads` and "
+        "takes a softmax or torch's scaled_dot_product_attention: set self.num_heads in yours, name the layers that do "
+        "with layers=[...], or compute an affinity [B, N, N] yourself and give it to a partitioner. "
+        f"Modules looked at: {shown or 'none'}."
+    )
