@@ -268,8 +268,10 @@ class FrozenTeacher(_Teacher):
 
     Args:
         model: any ViT that `PartTeacher` takes, such as one of DINOv2; it is copied, so that nothing can change it.
-        partitioner, total_epochs, num_parts, layers: as of `PartTeacher`; the partitioner gets the images that the
-            model sees.
+        partitioner: as for `PartTeacher`; it gets the images that the model sees.
+        total_epochs: as for `PartTeacher`.
+        num_parts: as for `PartTeacher`.
+        layers: as for `PartTeacher`.
         transform: maps the images of the model that trains, [B, C, height, width] or of another shape, to those that
             this model takes, as many, [B, C, height, width], such as by another size or normalisation. It must show the
             same section of the images: no crops, no flips.
