@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from vits import MAE
 
 from maskevolve import EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher, RandomMask
-from maskevolve.integrations import apply_to_mae
+from maskevolve.integrations import apply_to_mae, evolution_of
 
 
 def labels_for(seed, batch=2):
@@ -292,6 +292,13 @@ class TestPickle:
             results.append(each(images)[2])
             assert torch.equal(of.last_mask, results[-1])
         assert torch.equal(*results)
+        if source == "teacher":  # nothing has followed the optimizer of this process yet
+            step = torch.optim.SGD(again.parameters(), 0.0)
+            for _ in range(2):
+                again(images)[0].backward()
+                step.step()
+            with pytest.warns(UserWarning, match="never updated"):
+                again(images)
         its.follow(torch.optim.SGD(again.parameters(), 0.1))
         with pytest.raises(ValueError, match="already"):
             apply_to_mae(again, RandomMask())
@@ -307,6 +314,8 @@ class TestPickle:
         apply_to_mae(model, GridMask())
         torch.save(model, tmp_path / "model.pt")
         again = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert evolution_of(again).model is again
+        assert evolution_of(MAE()) is None
         grid = again(pictures())[2].view(2, 4, 2, 4, 2)
         assert torch.equal(grid, grid[:, :1, :, :1].expand_as(grid))
 

@@ -1,7 +1,7 @@
 """Evolving masks in code that people train with, one file a code base. Nothing of a host is edited or forked."""
 
 from .callbacks import lightning_callback, trainer_callback
-from .evolution import Evolution
+from .evolution import Evolution, evolution_of
 from .hugging_face import apply_to_mim, apply_to_vit_mae
 from .lightly import apply_to_lightly
 from .mae import apply_to_mae
@@ -16,6 +16,7 @@ __all__ = [
     "apply_to_stable_pretraining",
     "apply_to_timm",
     "apply_to_vit_mae",
+    "evolution_of",
     "lightning_callback",
     "trainer_callback",
 ]

@@ -27,8 +27,9 @@ from ..masks.base import check_masking
 from ..masks.fixed import FixedDraws, kept_random_states
 from ..parts import labels_to_parts, segmentation
 from ..teachers import PartTeacher
+from ..teachers.average import unwrap
 from ..teachers.encoder import entry_of
-from ..teachers.host_method import Handler, replace_method, restore_method
+from ..teachers.host_method import Handler, is_replaced, replace_method, restore_method
 from ..teachers.patch_grid import patch_grid
 from ..teachers.trial import check_patches
 from .eager import Eager
@@ -81,7 +82,10 @@ class Evolution:
         self.model, self.masking, self.teacher = model, masking, teacher
         self.student = model if student is None else student
         if model in _evolving:
-            raise ValueError(f"this {type(model).__name__} has evolving masks already: call .remove() on them first")
+            raise ValueError(
+                f"this {type(model).__name__} has evolving masks already: call .remove() on them first, or on "
+                "evolution_of(model)"
+            )
         check_masking(masking)
         _check_teacher(teacher, self.student)
         epochs, teachers = (getattr(each, "total_epochs", None) for each in (masking, teacher))
@@ -94,7 +98,8 @@ class Evolution:
         self._takes_parts = needs_parts or teacher is not None
         self._has_grid = self._find_grid()
         self._has_epoch = not any(hasattr(part, "set_epoch") for part in (masking, teacher))
-        self._usage = Usage(self.student, where, hasattr(teacher, "update") and getattr(teacher, "decay", 0) != 1)
+        self._usage = Usage(self.student, where)
+        self._usage.expect_updates(teacher)
         self._fixed: FixedDraws | None = None
         self.is_removed = self._had_labels = False
         self.undo: list[Callable[[], Any]] = []
@@ -120,6 +125,7 @@ class Evolution:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._usage.expect_updates(self.teacher)  # for no optimizer is followed here yet
         self._begin()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Evolution:
@@ -543,6 +549,22 @@ def _note_embedding_now(evolution: Evolution, taken: Tensor, made: Any) -> None:
     for each in evolution._passes[-1:]:
         each.note_embedding(taken, made)
     evolution._local.last = None if evolution._passes else TensorWeakRef(taken)
+
+
+def evolution_of(model: nn.Module) -> Evolution | None:
+    """The masks that evolve in a model, such as one that was saved whole and loaded; None where it has none.
+
+    Examples:
+        >>> import timm
+        >>> from maskevolve import GridMask
+        >>> from maskevolve.integrations import apply_to_timm
+        >>> vit = timm.create_model("vit_tiny_patch16_224", depth=1, patch_drop_rate=0.75)
+        >>> evolution = apply_to_timm(vit, GridMask())
+        >>> evolution_of(vit) is evolution
+        True
+    """
+    values = (value for module in unwrap(model).modules() for value in vars(module).values())
+    return next((value.args[1] for value in values if is_replaced(value)), None)
 
 
 def import_host(name: str, package: str) -> Any:

@@ -1,6 +1,7 @@
 """Says once where masks are hooked into a model but not used, and where a teacher is never updated."""
 
 import warnings
+from typing import Any
 
 from torch import nn
 
@@ -8,11 +9,16 @@ from torch import nn
 class Usage:
     """What became of the masks that `where` asks for, and whether a teacher that follows the student awaits updates."""
 
-    def __init__(self, student: nn.Module, where: str, awaits_update: bool) -> None:
-        self.student, self.where, self.awaits_update = student, where, awaits_update
+    def __init__(self, student: nn.Module, where: str) -> None:
+        self.student, self.where = student, where
         # Compiled code only ever writes these: what it read would be a guard, and a change of it a new compilation.
         self.is_embedded = self.is_masked = False
-        self._passes = self._updates = self._steps = 0
+        self._passes = self._updates = 0
+
+    def expect_updates(self, teacher: Any) -> None:
+        """From now on, a teacher that moves is to be updated."""
+        self.awaits_update = hasattr(teacher, "update") and getattr(teacher, "decay", 0) != 1
+        self._steps = 0
         self._version: int | None = None
 
     def end_pass(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["host_method", "replace_method", "restore_method", "restore_methods"]
+__all__ = ["host_method", "is_replaced", "replace_method", "restore_method", "restore_methods"]
 
 Handler = Callable[..., Any]
 """Called with the evolution, the module, the module's own method and the arguments of the call."""
@@ -34,7 +34,7 @@ def replace_method(owner: nn.Module, name: str, evolution: Any, handler: Handler
 def restore_method(owner: nn.Module, name: str) -> None:
     """Give a module its own method back."""
     method: Any = vars(owner).get(name)
-    if _is_replaced(method):
+    if is_replaced(method):
         before = method.args[3]
         del vars(owner)[name]
         if before is not None and not isinstance(getattr_static(type(owner), name, None), staticmethod):
@@ -44,14 +44,14 @@ def restore_method(owner: nn.Module, name: str) -> None:
 def restore_methods(model: nn.Module) -> None:
     """Give all modules of a copy of a model their own methods back."""
     for module in model.modules():
-        for name in [name for name, value in vars(module).items() if _is_replaced(value)]:
+        for name in [name for name, value in vars(module).items() if is_replaced(value)]:
             restore_method(module, name)
 
 
 def host_method(owner: Any, name: str) -> Callable[..., Any]:
     """A method of a module, bound to it: the one that it has without a replacement."""
     method: Any = getattr(owner, name)
-    return _own(owner, name, method.args[3]) if _is_replaced(method) else method
+    return _own(owner, name, method.args[3]) if is_replaced(method) else method
 
 
 def _call(
@@ -67,5 +67,6 @@ def _own(module: nn.Module, name: str, before: Any) -> Callable[..., Any]:
     return partial(getattr(type(module), name), module) if before is None else before
 
 
-def _is_replaced(method: Any) -> bool:
+def is_replaced(method: Any) -> bool:
+    """Whether a value is what `replace_method` sets."""
     return isinstance(method, partial) and method.func is _call
