@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from test_mae import Unfolded
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from vits import MAE
@@ -362,16 +363,8 @@ class TestAfterRemoval:
             pass
 
     def test_a_patch_size_goes_with_the_masks(self):
-        class Embed(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.linear = nn.Linear(192, 48)
-
-            def forward(self, images):
-                return self.linear(nn.functional.unfold(images, 8, stride=8).mT)
-
         model = MAE()
-        model.patch_embed = Embed()
+        model.patch_embed = Unfolded()
         apply_to_mae(model, GridMask(), patch_size=8).remove()
         assert "patch_size" not in vars(model.patch_embed)
         with pytest.raises(ValueError, match="patch_size"):

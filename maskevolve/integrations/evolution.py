@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -586,10 +585,9 @@ def _ask(teacher: Callable[[Tensor], Any], images: Tensor, fixed: FixedDraws | N
             return labels
         drawn = []
         for index in range(len(images)):
-            seed = int(np.random.SeedSequence([fixed.seed, fixed.place + index * fixed.step]).generate_state(1)[0])
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(fixed.seed_of(index))
             if images.is_cuda:
-                torch.cuda.default_generators[images.device.index].manual_seed(seed)
+                torch.cuda.default_generators[images.device.index].manual_seed(fixed.seed_of(index))
             drawn.append(segmentation.check_labels(teacher(images[index : index + 1])))
         return torch.cat(drawn) if drawn else labels
 

@@ -21,14 +21,18 @@ class FixedDraws:
     def __init__(self, seed: int = 0, rank: int = 0, ranks: int = 1) -> None:
         self.seed, self.place, self.step = seed, rank, ranks
 
+    def seed_of(self, index: int) -> int:
+        """Of the image that comes after so many others: mixed, for torch's generators on a CPU take 32 bits of it."""
+        place = self.place + index * self.step
+        return int(np.random.SeedSequence([self.seed, place]).generate_state(1)[0])
+
     def mask(self, masking: Any, x: Tensor, keep: int, parts: Tensor | None = None) -> MaskedPatches:
         """Mask the next images so that `keep` patches of each stay: x and parts as a mask takes them."""
         drawn: list[MaskedPatches] = []
         for one in x.split(1) if len(x) else [x]:  # an empty batch is one call, too
-            # Mixed, for torch's generators on the CPU take 32 bits of a seed.
-            seed = int(np.random.SeedSequence([self.seed, self.place]).generate_state(1)[0])
             own = None if parts is None else parts[len(drawn) : len(drawn) + 1]
-            drawn.append(masking(one, keep=keep, parts=own, generator=torch.Generator(x.device).manual_seed(seed)))
+            generator = torch.Generator(x.device).manual_seed(self.seed_of(0))
+            drawn.append(masking(one, keep=keep, parts=own, generator=generator))
             self.place += self.step * len(one)
         return MaskedPatches(*map(torch.cat, zip(*drawn, strict=True)))
 

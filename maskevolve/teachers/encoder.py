@@ -38,8 +38,8 @@ def encoder_of(model: nn.Module) -> Any:
 def entry_of(model: nn.Module) -> tuple[nn.Module, str]:
     """The module, and the name of its method, that `encode` gives images to."""
     encoder = encoder_of(model)
-    with suppress(TypeError):
-        forward_encoder = signature(getattr(encoder, "forward_encoder", None))  # type: ignore[arg-type]
+    with suppress(AttributeError, TypeError):
+        forward_encoder = signature(encoder.forward_encoder)
         forward_encoder.bind(None, 0.0)
         # MAE's takes images and a mask ratio: not two images, as those of siamese MAEs. There is no second with *args.
         second = [*forward_encoder.parameters.values()][1:2]

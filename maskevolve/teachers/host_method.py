@@ -27,7 +27,7 @@ def replace_method(owner: nn.Module, name: str, evolution: Any, handler: Handler
     if before is None and isinstance(getattr_static(type(owner), name), staticmethod):
         before = own
     method = partial(_call, owner, evolution, name, before, handler)
-    method.__signature__ = signature(own)  # type: ignore[attr-defined]  # which transformers' Trainer looks at
+    vars(method)["__signature__"] = signature(own)  # which transformers' Trainer looks at
     vars(owner)[name] = method
 
 

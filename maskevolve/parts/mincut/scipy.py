@@ -2,8 +2,8 @@
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array  # type: ignore[import-untyped]
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow  # type: ignore[import-untyped]
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 from torch import Tensor
 
 from . import edge_pairs, plain
