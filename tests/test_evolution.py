@@ -123,7 +123,7 @@ class TestPartsFromAnywhere:
         model = MAE()
         apply_to_mae(model, PartMask(), lambda images: torch.zeros(64, 64, dtype=torch.long))
         with pytest.raises(
-            ValueError, match=r"returned labels of 64 images for 1, of shape \[64, 64\].*labels\[None\]"
+            ValueError, match=r"\[64, 64\], but 1 images.*labels\[None\]"
         ):
             model(torch.randn(1, 3, 64, 64))
 
@@ -138,10 +138,10 @@ class TestPartsFromAnywhere:
         with pytest.raises(RuntimeError, match=r"given twice.*DistributedDataParallel"):
             evolution.see(parts=random_parts(3))
         evolution.see(parts=random_parts(2))
-        with pytest.raises(ValueError, match=r"parts of 2 images were given, of shape \[2, 64\], but 3 images are m"):
+        with pytest.raises(ValueError, match=r"\[2, 64\], but 3 images"):
             model(images)
         evolution.see(parts=torch.zeros(40, 48, dtype=torch.long))
-        with pytest.raises(ValueError, match=r"parts of 40 images.*\[40, 48\], but 3 .*labels\[None\]"):
+        with pytest.raises(ValueError, match=r"\[40, 48\], but 3 .*labels\[None\]"):
             model(images)
         with pytest.raises(ValueError, match=r"parts has shape \[3, 1, 64, 64\].*labels\[:, 0\]"):
             evolution.see(parts=torch.zeros(3, 1, 64, 64, dtype=torch.long))
@@ -505,7 +505,7 @@ class TestHookedIsNotUsed:
             return apply_to_mae(model, EvolvingMask(epochs), teacher)
 
         state = make(10).set_epoch(5).state_dict()
-        with pytest.raises(ValueError, match="total_epochs=10, but the masks were made with 20"):
+        with pytest.raises(ValueError, match="total_epochs=10, these masks 20"):
             make(20).load_state_dict(state)
         make(10).load_state_dict(state)
         del state["total_epochs"]  # as older versions saved it
@@ -596,7 +596,7 @@ class TestFixedMasks:
     ("state", "error", "words"),
     [
         ({"model": {}, "evolution": {}}, ValueError, "keys model, evolution"),
-        ({f"k{index}": None for index in range(200)}, ValueError, "195 more"),
+        ({f"k{index}": None for index in range(200)}, ValueError, "k0, k1, k2, k3, k4:"),
         *[(state, TypeError, r"torch\.load") for state in ("checkpoint.pt", None, [1], 3)],
     ],
 )

@@ -10,8 +10,7 @@ from functools import partial
 from importlib import import_module
 from inspect import Parameter, signature
 from itertools import zip_longest
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -39,7 +38,7 @@ from .usage import Usage
 Teacher = PartTeacher | Callable[..., Any]
 
 HOW_TO_GET_A_TEACHER = "pass PartTeacher(model, GraphCutPartitioner(), total_epochs=epochs)"
-LATER = ("_local", "_lock", "_past", "_followed", "_eager")
+LATER = ("_local", "_lock", "_past", "_followed", "_eagerly", "_run_pass_eagerly")
 """What belongs to a process, and is neither copied nor pickled."""
 
 _evolving: WeakSet[nn.Module] = WeakSet()
@@ -57,12 +56,12 @@ class Evolution:
             integer labels, [B, N] or, of any size, [B, h, w]. None for a mask that needs no parts, and where they come
             with each batch: ``see(parts=labels)``.
         student: what the teacher follows; the model where None.
-        where: what asks for masks in this model, for messages.
+        where: what asks for masks in this model, for warnings.
 
     Attributes:
         last_mask: the last mask, [B, N] float32, 0 keep, 1 remove; None before the first.
         last_parts: the parts that it was made from, [B, N] int64; None where it needed none.
-        is_removed: whether `remove` was called.
+        is_removed: whether `remove` was called. After it, methods that would move or fix masks raise a RuntimeError.
 
     Raises:
         TypeError: where the masking or the teacher is none.
@@ -81,10 +80,8 @@ class Evolution:
         self.model, self.masking, self.teacher = model, masking, teacher
         self.student = model if student is None else student
         if model in _evolving:
-            raise ValueError(
-                f"this {type(model).__name__} has evolving masks already: call .remove() on them first, or on "
-                "evolution_of(model)"
-            )
+            name = type(model).__name__
+            raise ValueError(f"this {name} has evolving masks already: call evolution_of(model).remove() first")
         check_masking(masking)
         _check_teacher(teacher, self.student)
         epochs, teachers = (getattr(each, "total_epochs", None) for each in (masking, teacher))
@@ -93,6 +90,7 @@ class Evolution:
         self.total_epochs = teachers if epochs is None else epochs
         self.last_mask: Tensor | None = None
         self.last_parts: Tensor | None = None
+        self.undo: list[Callable[[], Any]] = []
         needs_parts = any(getattr(mask, "needs_parts", False) for mask in masking.modules())
         self._takes_parts = needs_parts or teacher is not None
         self._has_grid = self._find_grid()
@@ -101,7 +99,6 @@ class Evolution:
         self._usage.expect_updates(teacher)
         self._fixed: FixedDraws | None = None
         self.is_removed = self._had_labels = False
-        self.undo: list[Callable[[], Any]] = []
         self._begin()
 
     def _begin(self) -> None:
@@ -110,12 +107,8 @@ class Evolution:
         self._lock = threading.RLock()
         self._past = PastMasks()
         self._followed: WeakKeyDictionary[Any, RemovableHandle] = WeakKeyDictionary()
-        self._eager = SimpleNamespace(
-            mask=Eager(Evolution._mask),
-            note_embedding=Eager(_note_embedding_now),
-            run_pass=Eager(_run_pass_now, recursive=False),  # what it calls is compiled
-            warn_of_epoch=Eager(_warn_of_epoch),
-        )
+        self._eagerly = Eager(_call)
+        self._run_pass_eagerly = Eager(_run_pass_now, recursive=False)  # what it calls is compiled
         if not self.is_removed:
             _evolving.add(self.model)
 
@@ -161,14 +154,8 @@ class Evolution:
     def set_epoch(self, epoch: float) -> Evolution:
         """Move the mask and the teacher to an epoch, and return the evolution.
 
-        Args:
-            epoch: counted from 0; fractions are progress within an epoch. Clamped to the training.
-
-        Raises:
-            RuntimeError: after `remove`, as `update`, `follow`, `see` and `fixed` do.
-
-        Warns:
-            UserWarning: once, where the epoch is below 0 or above total_epochs.
+        The epoch is counted from 0; fractions are progress within an epoch. It is clamped to the training, with one
+        UserWarning where it is below 0 or above total_epochs.
         """
         self._check_active("set_epoch")
         self._has_epoch = True
@@ -238,7 +225,7 @@ class Evolution:
                 f"images has dtype {images.dtype} and shape {list(images.shape)}, as labels have: call "
                 "see(parts=labels)"
             )
-        given = self._passes[-1].given if self._passes else self._waiting
+        given = self._given
         given.images = given.images if images is None else images
         if parts is None or not self._takes_parts:
             return
@@ -318,17 +305,13 @@ class Evolution:
         replace_method(owner, name, self, handler)
         self.undo.append(partial(restore_method, owner, name))
 
-    def begin_passes(self, owner: nn.Module, *names: str, shows_images: bool = False) -> None:
-        """Let calls of methods be forward passes, until `remove`; a teacher may be shown the images of such a call."""
-        for name in names:
-            self.replace(owner, name, partial(_run_pass, shows_images))
-
     def note_images(self, embed: nn.Module) -> None:
         """Note the images of each forward pass, by its entry and by the module that embeds patches, until `remove`."""
-        entry, name = entry_of(self.model)
-        self.begin_passes(entry, name, shows_images=True)
-        others = {"forward", "forward_encoder", "forward_features"} - ({name} if entry is self.model else set())
-        self.begin_passes(self.model, *sorted(other for other in others if hasattr(self.model, other)))
+        entry = entry_of(self.model)
+        self.replace(*entry, partial(_run_pass, True))  # a teacher is given the images that this method is
+        for name in ("forward", "forward_encoder", "forward_features"):
+            if hasattr(self.model, name) and (self.model, name) != entry:
+                self.replace(self.model, name, partial(_run_pass, False))
         self.undo.append(embed.register_forward_hook(partial(_note_embedding, self), with_kwargs=True).remove)
 
     @contextmanager
@@ -357,9 +340,9 @@ class Evolution:
         self._usage.is_masked = True
         if not self._has_epoch and self.model.training:
             self._has_epoch = True
-            self._eager.warn_of_epoch()
+            self._eagerly(_warn_of_epoch)
         if self._takes_parts or self._fixed is not None or _ranks()[1] > 1:
-            masked: MaskedPatches = self._eager.mask(self, x, keep, grid_size, images)
+            masked: MaskedPatches = self._eagerly(Evolution._mask, self, x, keep, grid_size, images)
         else:
             grid_size = grid_size or self._grid_of(x, getattr(self._local, "shape", None))
             masked = self.masking(x.unflatten(1, grid_size), keep=keep)
@@ -392,15 +375,15 @@ class Evolution:
         run = backward_run()
         past = None if run is None else self._past.find(images, run)
         if past is not None:  # activation checkpointing repeats that mask
-            images, parts = past
+            images = past[0]
         elif run is not None and self._had_labels:
             raise RuntimeError(
                 "activation checkpointing repeats a mask whose labels are not found, for its images are made anew in "
                 "each pass: checkpoint the blocks of the model, not the whole step"
             )
         grid_size = grid_size or self._grid_of(x, images)
+        parts = self._given_parts(given, images, grid_size) if past is None else past[1]
         if past is None:
-            parts = self._given_parts(given, images, grid_size)
             self._past.add(images, embedded, parts)
         if parts is None and self.masking.needs_parts:
             with self._lock:  # for a model that is read has hooks, which other threads would run into
@@ -418,12 +401,10 @@ class Evolution:
             last, self._local.last = getattr(self._local, "last", None), None
             taken = None if last is None else last()
             found = None if taken is None else (taken, taken)
-        if found is None:
-            raise self._not_embedded()
-        return found
+        return found or self._refuse_patches()
 
-    def _not_embedded(self) -> RuntimeError:
-        return RuntimeError(
+    def _refuse_patches(self) -> NoReturn:
+        raise RuntimeError(
             f"{type(self.model).__name__} masks patches of images that it has not embedded in this forward pass: call "
             "the whole model. With activation checkpointing, checkpoint the model or its blocks, so that images are "
             "embedded again where they are masked again"
@@ -432,51 +413,42 @@ class Evolution:
     def _grid_of(self, x: Tensor, images: Tensor | None) -> tuple[int, int]:
         if not self._has_grid:  # it does not matter where patches lie
             return resolve_grid(x.shape[1], self.masking.grid_size or (1, x.shape[1]))
-        if images is None:
-            raise self._not_embedded()
-        return resolve_grid(x.shape[1], patch_grid(self.model, images))
+        return resolve_grid(x.shape[1], patch_grid(self.model, self._refuse_patches() if images is None else images))
 
     def _given_parts(self, given: Given, images: Tensor, grid_size: tuple[int, int]) -> Tensor | None:
         """The parts that came with these images, if any."""
         labels = given.labels
         if labels is None or not (given.labelled is None or is_same_memory(given.labelled, images)):
             return None
-        if len(labels) != len(images):
-            given.labels = None
-            raise ValueError(
-                f"parts of {len(labels)} images were given, of shape {list(labels.shape)}, but {len(images)} images "
-                "are masked: call evolution.see with the parts of the next batch. A map [h, w] alone is labels[None]"
-            )
         given.labelled, self._had_labels = images, True
-        return self._to_grid(labels.to(images.device), grid_size, given.ignore)
+        return self._to_parts(labels, images, grid_size, given.ignore)
 
-    def _to_grid(self, labels: Any, grid_size: tuple[int, int], ignore: int | None = None) -> Tensor:
+    def _to_parts(self, labels: Tensor, images: Tensor, grid_size: tuple[int, int], ignore: int | None) -> Tensor:
+        """Labels of images, which a caller or a teacher gave, on the patch grid."""
+        if len(labels) != len(images):
+            raise ValueError(
+                f"parts has shape {list(labels.shape)}, but {len(images)} images are masked: give the parts of these, "
+                "[B, N] or [B, h, w]. A map [h, w] alone is labels[None]"
+            )
         if labels.ndim == 3 and not self._has_grid:
             raise ValueError(
                 f"parts has shape {list(labels.shape)}, but this {type(self.model).__name__} has no patch grid with "
                 f"two sides for maps: give labels of patches, [B, {grid_size[0] * grid_size[1]}]"
             )
-        return labels_to_parts(labels, grid_size, ignore)
+        return labels_to_parts(labels.to(images.device), grid_size, ignore)
 
     def _ask_teacher(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
         if self.teacher is None:
             raise ValueError(
-                f"{type(self.masking).__name__} needs parts, but there is no teacher to cut them and none were given "
-                f"for these images. As a teacher, {HOW_TO_GET_A_TEACHER}, or any function from images to labels, to "
-                "apply_to_...; or call evolution.see(parts=labels) before each batch"
+                f"{type(self.masking).__name__} needs parts, but has no teacher, and none were given for these images: "
+                f"{HOW_TO_GET_A_TEACHER} as teacher to apply_to_..., or call evolution.see(parts=labels) for each batch"
             )
         if isinstance(self.teacher, PartTeacher):
             if self.teacher.epoch.device != images.device:  # the model was moved after the teacher was built
                 self.teacher.to(images.device)
             self.teacher.catch_up(self.student)
         also = {"grid_size": grid_size} if _has_parameter(self.teacher, "grid_size") else {}
-        labels = _ask(partial(self.teacher, **also), images, self._fixed)
-        if len(labels) != len(images):
-            raise ValueError(
-                f"the teacher returned labels of {len(labels)} images for {len(images)}, of shape "
-                f"{list(labels.shape)}: return [B, N] or [B, h, w]. A map [h, w] alone is labels[None]"
-            )
-        return self._to_grid(labels.to(images.device), grid_size)
+        return self._to_parts(_ask(partial(self.teacher, **also), images, self._fixed), images, grid_size, None)
 
     def _find_grid(self) -> bool:
         """Whether patches lie on a grid with two sides. A mask or a teacher that needs one is refused here without."""
@@ -495,15 +467,15 @@ class Evolution:
         return cast(list[ForwardPass], vars(self._local).setdefault("passes", []))
 
     @property
-    def _waiting(self) -> Given:
-        """What was given for the next forward pass of this thread."""
-        return cast(Given, vars(self._local).setdefault("waiting", Given()))
+    def _given(self) -> Given:
+        """What was given for the forward pass that is under way in this thread or, where none is, for the next."""
+        waiting = vars(self._local).setdefault("waiting", Given())
+        return self._passes[-1].given if self._passes else waiting
 
     def _take_given(self) -> Given:
         if backward_run() is not None:  # what waits is for the next batch
             return Given()
-        given, self._local.waiting = self._waiting, Given()
-        return given
+        return cast(Given, vars(self._local).pop("waiting", None) or Given())
 
     def _check_active(self, name: str) -> None:
         if self.is_removed:
@@ -520,7 +492,7 @@ def _run_pass(shows_images: bool, evolution: Evolution, module: nn.Module, own: 
     if not torch.compiler.is_compiling():
         return _run_pass_now(shows_images, evolution, module, own, *args, **kwargs)
     if evolution._takes_parts:
-        return evolution._eager.run_pass(shows_images, evolution, module, own, *args, **kwargs)
+        return evolution._run_pass_eagerly(shows_images, evolution, module, own, *args, **kwargs)
     return own(*args, **kwargs)
 
 
@@ -541,7 +513,11 @@ def _note_embedding(evolution: Evolution, module: nn.Module, args: Any, kwargs: 
     if not torch.compiler.is_compiling():
         _note_embedding_now(evolution, taken, output)
     elif evolution._takes_parts:
-        evolution._eager.note_embedding(evolution, taken, output)
+        evolution._eagerly(_note_embedding_now, evolution, taken, output)
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
 
 
 def _note_embedding_now(evolution: Evolution, taken: Tensor, made: Any) -> None:
@@ -608,10 +584,9 @@ def _check_teacher(teacher: Any, student: nn.Module) -> None:
     if not isinstance(teacher, PartTeacher):
         return
     _refuse_fsdp1(student)
-    ours = [(name, list(value.shape)) for name, value in teacher.model.module.named_parameters()]
-    theirs = [(name, list(value.shape)) for name, value in student.named_parameters()]
-    if ours != theirs:
-        different = next(pair for pair in zip_longest(ours, theirs) if pair[0] != pair[1])
+    models = (teacher.model.module, student)
+    both = zip_longest(*([(name, list(value.shape)) for name, value in each.named_parameters()] for each in models))
+    if different := next((pair for pair in both if pair[0] != pair[1]), None):
         raise ValueError(
             f"the teacher was built for another architecture than this {type(student).__name__}: the teacher has the "
             f"parameter {different[0]}, the model {different[1]}. Build it from this model: PartTeacher(model, ...)"
@@ -642,20 +617,14 @@ def _check_state(state: Any, has_teacher: bool, total_epochs: float | None) -> N
     if not isinstance(state, Mapping):
         raise TypeError(f"state={state!r:.100} is no state of an evolution: read the file with torch.load first")
     if not {"masking", "teacher"} <= state.keys():
-        keys, more = ", ".join(map(str, [*state][:5])), f" and {len(state) - 5} more" if len(state) > 5 else ""
-        raise ValueError(
-            f"this is no state of an evolution, for it has the keys {keys}{more}: pass what evolution.state_dict() "
-            "returned"
-        )
+        keys = ", ".join(map(str, [*state][:5]))
+        raise ValueError(f"no state of an evolution has the keys {keys}: pass what evolution.state_dict() returned")
     if (state["teacher"] is None) == has_teacher:
         ours, theirs = ("a teacher", "none") if has_teacher else ("no teacher", "one")
         raise ValueError(f"this evolution has {ours}, the saved state {theirs}: resume with the masks it began with")
     epochs = state.get("total_epochs")  # older states do not have it
     if None not in (epochs, total_epochs) and epochs != total_epochs:
-        raise ValueError(
-            f"the saved state is that of a training of total_epochs={epochs}, but the masks were made with "
-            f"{total_epochs}: resume with the same"
-        )
+        raise ValueError(f"the saved state has total_epochs={epochs}, these masks {total_epochs}: resume with the same")
 
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def mask_images(evolution: Evolution, x: Tensor, keep: int, is_first: bool) -> M
 
     Of several that it could be, the first is meant where `is_first`; else that is an error.
     """
-    given = evolution._passes[-1].given if evolution._passes else evolution._waiting
+    given = evolution._given
     images, given.images = given.images, None
     if images is None:
         steps = (each.images for each in reversed(evolution._passes))
