@@ -39,6 +39,16 @@ def resolve_grid(
     raise ValueError(f"N={num_patches} patches form no square grid{token}: pass grid_size=(H, W), {where}")
 
 
+def every(size: int, stride: int) -> range:
+    """Every `stride`-th patch along a side of `size` patches, as far from both ends; one at least.
+
+    Examples:
+        >>> [*every(14, 2)], [*every(7, 3)], [*every(1, 2)]
+        ([0, 2, 4, 6, 8, 10, 12], [0, 3, 6], [0])
+    """
+    return range((size - 1) % stride // 2, size, stride)
+
+
 def check_grid(grid_size: Any) -> tuple[int, int]:
     """A grid size, one number or (H, W), as (H, W)."""
     pair = isinstance(grid_size, (tuple, list)) and len(grid_size) == 2

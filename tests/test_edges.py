@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import planted_attention as planted
+from sklearn.metrics import adjusted_rand_score
 from test_graph_cut import agreement, check_every_cut, check_labels, same_partition
 from vits import photographs
 
@@ -180,3 +181,20 @@ def test_images_that_do_not_match(images):
     attention, _ = random_case(0)
     with pytest.raises(ValueError, match=re.escape(str(list(images.shape))) + f".*6 x 7.*{images.dtype}"):
         cut(attention, images)
+
+
+@pytest.mark.parametrize("value", [-9999.0, -3.4e38, 1e30, 0.0, 3.0, 400.0, -255.0, float("nan")])
+@pytest.mark.parametrize("place", [np.s_[..., :16, :], np.s_[..., :, -8:], np.s_[..., 40:, 40:]])
+@pytest.mark.filterwarnings("ignore:.*NaN")
+def test_a_border_does_not_blind(value, place):
+    """No data or a bar beside a flat picture: what is in the picture is found as without."""
+    draws = torch.Generator().manual_seed(0)
+    cells = torch.tensor([[0.0, 0.7, 1.4], [1.0, 0.3, 1.7], [2.0, 1.2, 0.5]]).repeat_interleave(24, 0)
+    image = 10 + cells.repeat_interleave(24, 1) + 0.05 * torch.randn(1, 3, 72, 72, generator=draws)
+    truth = torch.arange(9).view(3, 3).repeat_interleave(6, 0).repeat_interleave(6, 1)
+    outside = torch.zeros(72, 72, dtype=torch.bool)
+    outside[place] = True
+    known = (truth.view(-1, 1) == truth.view(-1)).float()[None] + 0.2 * smooth_affinity(18, 18)
+    parts = GraphCutPartitioner(12)(known, images=image.masked_fill(outside, value))
+    inside = ~outside[2::4, 2::4]
+    assert adjusted_rand_score(parts.view(18, 18)[inside], truth[inside]) > 0.8

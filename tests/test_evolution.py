@@ -122,9 +122,7 @@ class TestPartsFromAnywhere:
     def test_a_map_of_one_image_from_a_function(self):
         model = MAE()
         apply_to_mae(model, PartMask(), lambda images: torch.zeros(64, 64, dtype=torch.long))
-        with pytest.raises(
-            ValueError, match=r"\[64, 64\], but 1 images.*labels\[None\]"
-        ):
+        with pytest.raises(ValueError, match=r"\[64, 64\], but 1 images.*labels\[None\]"):
             model(torch.randn(1, 3, 64, 64))
 
     def test_forgotten_given_twice_or_of_another_batch(self):

@@ -16,6 +16,7 @@ from sklearn.metrics import adjusted_rand_score
 from torchvision import tv_tensors
 
 from maskevolve import EMPartitioner, GraphCutPartitioner, PartMask
+from maskevolve.parts.affinity import interpolate
 from maskevolve.parts.split import exact_dtype
 
 KINDS = [GraphCutPartitioner, EMPartitioner]
@@ -278,3 +279,48 @@ def test_the_grid_follows_from_images_that_are_not_square():
     expected = GraphCutPartitioner(5)(affinity, grid_size=(8, 32), images=images)
     assert torch.equal(GraphCutPartitioner(5)(affinity, images=images), expected)
     assert not torch.equal(GraphCutPartitioner(5)(affinity, grid_size=16, images=images), expected)
+
+
+class TestStride:
+    """The affinity of every second or third patch, brought to all of them."""
+
+    @pytest.mark.parametrize(("grid", "stride"), [((7, 13), 2), ((12, 9), 3), ((1, 16), 2), ((16, 16), 5), ((4, 4), 3)])
+    def test_between_patches_it_is_linear(self, grid, stride):
+        kept = [np.arange((side - 1) % stride // 2, side, stride) for side in grid]
+        affinity = torch.randint(1000, (2, *[len(kept[0]) * len(kept[1])] * 2)).double()
+        wanted = affinity.view(2, len(kept[0]), len(kept[1]), len(kept[0]), len(kept[1])).numpy()
+        for axis in range(4):
+            places, side = kept[axis % 2], grid[axis % 2]
+            wanted = np.apply_along_axis(lambda row: np.interp(np.arange(side), places, row), axis + 1, wanted)  # noqa: B023
+        found = interpolate(affinity, grid, stride) / stride**4
+        assert np.allclose(found, wanted.reshape(found.shape))
+
+    @pytest.mark.parametrize(("grid", "stride"), [((7, 13), 2), ((1, 16), 2), ((15, 14), 3), ((16, 16), 4)])
+    def test_halves_are_found_by_every_solver_and_batch(self, grid, stride):
+        kept = [torch.arange((side - 1) % stride // 2, side, stride) for side in grid]
+        right = (kept[1] >= grid[1] // 2).repeat(len(kept[0]))
+        affinity = 0.1 + (right[:, None] == right).float().expand(2, -1, -1)
+        images = torch.zeros(2, 3, grid[0] * 4, grid[1] * 4)
+        images[..., grid[1] // 2 * 4 :] = 1
+        images += 0.1 * torch.randn(images.shape)
+        parts = GraphCutPartitioner(2)(affinity, None, grid, images, stride)
+        assert same_partition(parts, (torch.arange(grid[1]) >= grid[1] // 2).repeat(grid[0]).expand(2, -1))
+        finer = GraphCutPartitioner(12, solver="pymaxflow").hierarchy(affinity, None, grid, images, stride)
+        check_every_cut(finer, 12)
+        for solver in ("scipy", "torch"):
+            one = GraphCutPartitioner(12, solver=solver)(affinity[:1], None, grid, images[:1], stride)
+            assert torch.equal(one, finer.cut(12)[:1])
+
+    @pytest.mark.parametrize(
+        ("grid", "stride", "images", "words"),
+        [
+            ((4, 4), 2, False, "stride=2 needs images"),
+            (None, 2, True, "stride=2 needs grid_size"),
+            ((4, 6), 2, True, "leaves 2 x 3"),
+            ((4, 4), 0, True, "stride=0"),
+            ((4, 4), 1.5, True, r"stride=1\.5"),
+        ],
+    )
+    def test_what_does_not_fit(self, grid, stride, images, words):
+        with pytest.raises(ValueError, match=words):
+            GraphCutPartitioner()(torch.rand(1, 4, 4), 2, grid, torch.rand(1, 3, 16, 16) if images else None, stride)

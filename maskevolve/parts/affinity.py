@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_whole
+from ..grid import GridSize, check_grid, every
 from .hierarchy import check_num_parts
 from .segmentation import plain_tensor
 
@@ -54,6 +56,39 @@ class Partitioner(nn.Module):
                 counted = f"{found} of {bad.numel()} {what} are NaN or inf and count as 0"
                 warnings.warn(f"{counted}: {cause}. This warning is given once.", stacklevel=5)
             seen.copy_(count, non_blocking=True)
+
+
+def interpolate(affinity: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
+    """Affinities of every stride-th patch in each direction, [B, n, n], to those of all patches, [B, N, N].
+
+    Linear along rows and columns, times stride ** 4: whole numbers stay whole numbers.
+    """
+    rows, columns = (_weights(side, stride).to(affinity) for side in grid)
+    for _ in range(2):  # from the rows of the matrix, then from its columns
+        cells = affinity.unflatten(1, (rows.shape[1], columns.shape[1]))
+        cells = torch.einsum("Hh,bhwn->bHwn", rows, cells)
+        affinity = torch.einsum("Ww,bHwn->bnHW", columns, cells).flatten(2)
+    return affinity
+
+
+def _weights(size: int, stride: int) -> Tensor:
+    """Of every stride-th of `size` patches of a side, in each of them: [size, n] whole numbers, `stride` a row."""
+    kept = torch.tensor(every(size, stride))
+    place = torch.arange(size).clamp(kept[0], kept[-1])
+    return (stride - (place[:, None] - kept).abs()).clamp(min=0)
+
+
+def strided_grid(patches: int, grid_size: GridSize | None, stride: int) -> tuple[int, int]:
+    """The grid (H, W) of all patches, where `patches` is the number of every stride-th one in each direction."""
+    check_whole("stride", stride, 1, "of the patches in the affinity")
+    if grid_size is None:
+        raise ValueError(f"an affinity with stride={stride} needs grid_size=(H, W), that of all patches")
+    grid = check_grid(grid_size)
+    coarse = [len(every(side, stride)) for side in grid]
+    if coarse[0] * coarse[1] != patches:
+        left = f"of which stride={stride} leaves {coarse[0]} x {coarse[1]}"
+        raise ValueError(f"grid_size={grid_size!r}, {left}, does not fit an affinity of {patches} patches")
+    return grid
 
 
 def safe_divisor(divisor: Tensor) -> Tensor:

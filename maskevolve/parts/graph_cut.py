@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..checks import check_number
 from ..grid import GridSize, resolve_grid
-from .affinity import Partitioner, safe_divisor
-from .edges import affinity_edges, contrast_edges, neighbours_at, patch_sums, weaken_in_small_parts
+from .affinity import Partitioner, interpolate, safe_divisor, strided_grid
+from .edges import affinity_edges, contrast_edges, neighbours_at, patch_sums, weaken
 from .hierarchy import PartHierarchy, check_num_parts
 from .mincut import SOLVERS, grid_min_cut
 from .segmentation import plain_tensor
@@ -66,6 +66,7 @@ class GraphCutPartitioner(Partitioner):
         num_parts: int | None = None,
         grid_size: GridSize | None = None,
         images: Tensor | None = None,
+        stride: int = 1,
     ) -> Tensor:
         """Cut every image into at most `num_parts` parts.
 
@@ -78,14 +79,16 @@ class GraphCutPartitioner(Partitioner):
             images: [B, C, height, width], whose height and width are multiples of H and W; any number of channels, any
                 float or integer type. The scale and the offset of each channel do not matter, nor does the order of
                 the channels; those of one value change nothing. NaN and inf count as 0.
+            stride: of the patches in the affinity, where it is that of every stride-th patch in each direction, as
+                `attention_affinity` returns it for the same stride. Such an affinity needs images.
 
         Returns:
             parts [B, N] int64: labels 0..k-1 without gaps in each image, k <= K; fewer where the data has fewer.
 
         Raises:
-            ValueError: where the affinity is not square, or the grid or the images do not fit.
+            ValueError: where the affinity is not square, or the grid, the stride or the images do not fit.
         """
-        hierarchy = self.hierarchy(affinity, num_parts, grid_size, images)
+        hierarchy = self.hierarchy(affinity, num_parts, grid_size, images, stride)
         return hierarchy.cut(hierarchy.num_parts)
 
     @torch.no_grad()
@@ -95,30 +98,36 @@ class GraphCutPartitioner(Partitioner):
         num_parts: int | None = None,
         grid_size: GridSize | None = None,
         images: Tensor | None = None,
+        stride: int = 1,
     ) -> PartHierarchy:
         """Every nested partition of one solve, as `forward`: ``.cut(K)`` has at most K parts, for K up to num_parts."""
         num_parts, affinity = check_num_parts(num_parts, self.num_parts), self.clean(affinity)
         with torch.autocast(affinity.device.type, enabled=False):
             affinity = affinity + affinity.mT
-            grid, edges = self._edges(affinity, grid_size, images)
-            parts, gains, patches = whole_images(_gram(affinity)), list[Tensor](), affinity.shape[1]
+            grid, edges = self._edges(affinity, grid_size, images, stride)
+            parts, gains, patches = whole_images(_gram(affinity, grid, stride)), list[Tensor](), grid[0] * grid[1]
             # A balanced tree and more levels for unequal parts, unless these would come down to one patch.
             least, more = (min(num_parts, patches) - 1).bit_length(), 2 if num_parts <= FEW_PARTS else 1
             for _ in range(max(1, least, min(least + more, patches.bit_length() - 1))):
-                capacity = edges if images is None or not gains else weaken_in_small_parts(edges, parts.labels)
+                capacity = edges if images is None or not gains else weaken(edges, parts.labels, len(gains))
                 grids = (tensor.unflatten(-1, grid) for tensor in (*parts.terminals(), capacity))
                 sides = grid_min_cut(*grids, solver=self.solver).flatten(1)
                 gains.append(parts.split(sides))
                 edges *= neighbours_at(grid, sides) == sides[:, None]
             return PartHierarchy(parts.labels + (1 << len(gains)), _split_order(gains, num_parts - 1), num_parts)
 
-    def _edges(self, affinity: Tensor, grid_size: Any, images: Any) -> tuple[tuple[int, int], Tensor]:
+    def _edges(self, affinity: Tensor, grid_size: Any, images: Any, stride: int) -> tuple[tuple[int, int], Tensor]:
         """The grid (H, W), and the capacities of its edges: see `contrast_edges` and `affinity_edges`."""
         if images is None:
+            if stride != 1:
+                raise ValueError(f"an affinity with stride={stride} needs images=..., for outlines between its patches")
             grid = resolve_grid(affinity.shape[1], grid_size)
             return grid, affinity_edges(affinity, grid, OF_AFFINITY if self.smoothness is None else self.smoothness)
         images = plain_tensor("images", images)
-        grid = resolve_grid(affinity.shape[1], grid_size, images.shape[2:] if images.ndim == 4 else None)
+        if stride == 1:
+            grid = resolve_grid(affinity.shape[1], grid_size, images.shape[2:] if images.ndim == 4 else None)
+        else:
+            grid = strided_grid(affinity.shape[1], grid_size, stride)
         fits = images.ndim == 4 and len(images) == len(affinity) and images.shape[1] > 0 and not images.is_complex()
         if not fits or any(side == 0 or side % cells for side, cells in zip(images.shape[2:], grid, strict=True)):
             raise ValueError(
@@ -139,10 +148,11 @@ def _split_order(gains: list[Tensor], splits: int) -> Tensor:
     return torch.where((gain < 0) | (order >= splits), gain.shape[1], order)
 
 
-def _gram(affinity: Tensor) -> Tensor:
+def _gram(affinity: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
     """Inner products of the patches' features, [B, N, N] float32 integers: see `whole_images`.
 
-    The features are integers too, no longer than 2 ** 12: float32 holds their products, on whatever device.
+    The features are integers too, no longer than 2 ** 12: float32 holds their products, on whatever device. Between
+    those of every stride-th patch, they are interpolated.
     """
     wide = wide_dtype(affinity.device)  # for sums: rounded to float32, they hardly depend on their order
     length = affinity.sum(2, keepdim=True, dtype=wide).sqrt_()
@@ -152,5 +162,12 @@ def _gram(affinity: Tensor) -> Tensor:
     features *= torch.where(longest > 1e-6, 4000 / longest, 0).float()  # below: rounding, not structure
     integers = features.round_().to(exact_dtype())
     gram = (integers @ integers.mT).float()
+    if stride > 1:
+        gram = interpolate(_scaled(gram, (1 << 24) / stride**4).to(exact_dtype()), grid, stride).float()
+    return _scaled(gram, (1 << 24) / gram.shape[1] - 1)
+
+
+def _scaled(gram: Tensor, most: float) -> Tensor:
+    """Whole numbers of which the largest is `most`; changes the gram matrix."""
     largest = gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
-    return gram.mul_(((1 << 24) / gram.shape[1] - 1) / safe_divisor(largest)).round_()
+    return gram.mul_(most / safe_divisor(largest)).round_()
