@@ -1,8 +1,7 @@
 """What moves masks along under a Trainer: transformers' and Lightning's are told the epoch, alpha and the parts."""
 
-import json
-import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,19 +11,17 @@ from ..teachers.average import unwrap
 from .evolution import Evolution, import_host
 
 STATE = "evolution.pt"
-"""Where a checkpoint of transformers' Trainer keeps the evolution."""
 
 
 def trainer_callback(evolution: Evolution, resume_from_checkpoint: str | None = None) -> Any:
     """What moves an evolution along under transformers' Trainer: ``Trainer(..., callbacks=[trainer_callback(...)])``.
 
     It sets the epoch before each optimizer step, fractions included, and updates the teacher after each that is not
-    skipped. Each checkpoint of the Trainer gets a file `evolution.pt`, from which a resumed run goes on. `alpha` and
-    `num_parts`, how many parts an image of the last mask has on average, are logged with the loss, in the Trainer's
-    `log_history`, by TensorBoard and by Weights & Biases. After ``evolution.remove()`` it does nothing.
+    skipped. Each checkpoint gets a file `evolution.pt`, from which a resumed run goes on. `alpha` and `num_parts`, the
+    mean number of parts of an image, are logged with the loss. After ``evolution.remove()`` it does nothing.
 
     Args:
-        evolution: what `apply_to_vit_mae` or any other integration returned.
+        evolution: what any `apply_to_...` returned.
         resume_from_checkpoint: the folder that ``trainer.train(resume_from_checkpoint=...)`` will be given, needed only
             where that does not lie in the output folder of the run.
 
@@ -43,21 +40,21 @@ def trainer_callback(evolution: Evolution, resume_from_checkpoint: str | None = 
             return trainer_callback, (evolution, resume_from_checkpoint)
 
         def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            _put_first(self, sys._getframe(1).f_locals.get("self"))
+            _put_first(self)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             if evolution.is_removed:
                 return
-            _put_first(self, sys._getframe(1).f_locals.get("self"))
+            _put_first(self)
             _check_trained(evolution, model)
             if state.global_step == 0:
                 return
-            folder = resume_from_checkpoint or _checkpoint(args, state)
-            path = os.path.join(folder, STATE)
-            if not os.path.exists(path):
+            folder = Path(resume_from_checkpoint or _checkpoint(args, state))
+            path = folder / STATE
+            if not path.exists():
                 raise FileNotFoundError(
-                    f"there is no {path}, but the run is resumed at step {state.global_step}: pass the folder that you "
-                    "gave to trainer.train, as in trainer_callback(evolution, resume_from_checkpoint=folder)"
+                    f"there is no {path}, but the run is resumed at step {state.global_step}: pass the folder that "
+                    "trainer.train was given, as in trainer_callback(evolution, resume_from_checkpoint=folder)"
                 )
             evolution.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
             if not (args.fsdp or args.deepspeed):
@@ -79,7 +76,7 @@ def trainer_callback(evolution: Evolution, resume_from_checkpoint: str | None = 
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if args.should_save and not evolution.is_removed:
-                torch.save(evolution.state_dict(), os.path.join(_checkpoint(args, state), STATE))
+                torch.save(evolution.state_dict(), _checkpoint(args, state) / STATE)
 
     return EvolutionCallback()
 
@@ -87,13 +84,11 @@ def trainer_callback(evolution: Evolution, resume_from_checkpoint: str | None = 
 def lightning_callback(evolution: Evolution) -> Any:
     """What moves an evolution along under Lightning: ``Trainer(..., callbacks=[lightning_callback(evolution)])``.
 
-    It sets the epoch before each batch, fractions included, and updates the teacher after each step of an optimizer of
-    the model (not of a probe beside it) that a GradScaler does not skip. Lightning's checkpoints hold the evolution, so
-    that a resumed run goes on. `alpha` and `num_parts`, how many parts an image of the last mask has on average, are
-    logged. After ``evolution.remove()`` it does nothing.
+    As `trainer_callback`, with the epoch set before each batch, the teacher updated after each step of an optimizer of
+    the model (not of a probe beside it), and the evolution within Lightning's checkpoints.
 
     Args:
-        evolution: what `apply_to_lightly`, `apply_to_stable_pretraining` or any other integration returned.
+        evolution: what any `apply_to_...` returned.
 
     Returns:
         A Callback, of `lightning.pytorch` and of `pytorch_lightning` alike.
@@ -121,8 +116,14 @@ def lightning_callback(evolution: Evolution) -> Any:
             if evolution.is_removed:
                 return
             _check_trained(evolution, pl_module)
-            optimizers = _optimizers_of(evolution.student, trainer.optimizers)
-            self.hooks = [evolution.follow(optimizer) for optimizer in optimizers]
+            weights = set(evolution.student.parameters())
+            own = [
+                optimizer
+                for optimizer in trainer.optimizers
+                if any(weights.intersection(group["params"]) for group in optimizer.param_groups)
+            ]
+            # DeepSpeed's optimizer has other tensors.
+            self.hooks = [evolution.follow(optimizer) for optimizer in own or trainer.optimizers]
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             # An endless loader has infinitely many batches: its epoch stays a whole number.
@@ -151,7 +152,6 @@ def lightning_callback(evolution: Evolution) -> Any:
 
 
 def _facts(evolution: Evolution) -> dict[str, float]:
-    """What is logged."""
     facts = {"alpha": evolution.alpha, "num_parts": evolution.num_parts}
     return {name: round(value, 4) for name, value in facts.items() if value is not None}
 
@@ -161,27 +161,31 @@ def _check_trained(evolution: Evolution, trained: nn.Module) -> None:
     if all(inner is not evolution.model for inner in trained.modules()):
         raise ValueError(
             f"the Trainer trains a {type(trained).__name__} without the {type(evolution.model).__name__} that "
-            "apply_to_... was given: is it a copy, or one that model_init made? Give the Trainer that very model, as "
-            "in Trainer(model, ...), or leave this callback out"
+            "apply_to_... was given, such as a copy, or one that model_init made: give it that very model"
         )
 
 
-def _put_first(callback: Any, handler: Any) -> None:
+def _put_first(callback: Any) -> None:
     """Let a callback of transformers be called before those that report the logs.
 
-    A callback is not told the Trainer, so the CallbackHandler is that which called it.
+    A callback is not told the Trainer: the CallbackHandler is what called the method that calls this.
     """
+    handler: Any = sys._getframe(2).f_locals.get("self")
     if callback in getattr(handler, "callbacks", []):
+        # A new list, for the handler goes through its own now.
         handler.callbacks = [callback, *(other for other in handler.callbacks if other is not callback)]
 
 
-def _load_missing_weights(model: Any, folder: str) -> None:
-    """Load those weights of a checkpoint that the Trainer could not, as `from_pretrained` does.
+def _load_missing_weights(model: Any, folder: Path) -> None:
+    """Load the weights of a checkpoint that the Trainer did not find, as `from_pretrained` does.
 
-    The Trainer of transformers 5 leaves most weights of a resumed ViTMAE as they were initialised, for it looks for
-    them under other names than it saved them: https://github.com/huggingface/transformers/issues/43701
+    The Trainer of transformers 5 looks for most weights of a ViTMAE under other names than it saved them:
+    https://github.com/huggingface/transformers/issues/43701
     """
-    saved = _saved_names(folder)
+    saved: set[str] = set()
+    for path in folder.glob("model*.safetensors"):  # not those of adapters
+        with import_host("safetensors", "safetensors").safe_open(path, "pt") as file:
+            saved.update(file.keys())
     missing = [name for name in model.state_dict() if name not in saved] if saved else []
     is_sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     if missing and hasattr(model, "from_pretrained") and not is_sharded:
@@ -189,25 +193,6 @@ def _load_missing_weights(model: Any, folder: str) -> None:
         model.load_state_dict({name: loaded[name] for name in missing}, strict=False)
 
 
-def _saved_names(folder: str) -> set[str]:
-    """The names of the weights in a checkpoint of the Trainer; none where it holds something else, as adapters."""
-    single, index = (os.path.join(folder, name) for name in ("model.safetensors", "model.safetensors.index.json"))
-    if os.path.exists(single):
-        with import_host("safetensors", "safetensors").safe_open(single, "pt") as file:
-            return set(file.keys())
-    if os.path.exists(index):
-        with open(index) as file:
-            return set(json.load(file)["weight_map"])
-    return set()
-
-
-def _checkpoint(args: Any, state: Any) -> str:
+def _checkpoint(args: Any, state: Any) -> Path:
     """The folder of the Trainer's checkpoint of this step."""
-    return os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-
-
-def _optimizers_of(student: nn.Module, optimizers: list[Any]) -> list[Any]:
-    """Those that train the student, not a probe beside it; all where its weights are in none, as in DeepSpeed."""
-    weights = set(student.parameters())
-    own = [each for each in optimizers if any(weights.intersection(group["params"]) for group in each.param_groups)]
-    return own or optimizers
+    return Path(args.output_dir, f"checkpoint-{state.global_step}")

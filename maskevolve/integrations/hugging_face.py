@@ -1,7 +1,6 @@
 """Hugging Face's ViTMAE, and its models that take `bool_masked_pos`: SimMIM's, BEiT's, data2vec's, DINOv2's."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from inspect import signature
 from typing import Any, cast
@@ -26,14 +25,12 @@ REFUSED = {
 def apply_to_vit_mae(model: nn.Module, masking: Masking, teacher: Teacher | None = None) -> Evolution:
     """Let a ViTMAE of Hugging Face mask with `masking`, in place of its own `random_masking(sequence, noise)`.
 
-    The mask ratio stays that of the model's config. Where a call is given `noise`, the mask is that of the noise, as
-    ever: the patches with the lowest noise stay.
+    The mask ratio stays that of the model's config, and the mask of a call that is given `noise` that of the noise.
 
     Args:
         model: a ViTMAEModel or ViTMAEForPreTraining, wrapped in DistributedDataParallel or compiled or not.
         masking: the mask.
-        teacher: where the mask gets its parts from: see `Evolution`. A PartTeacher is built from the same model or from
-            its encoder, ``model.vit``.
+        teacher: see `Evolution`. A PartTeacher is built from the same model or from its encoder, ``model.vit``.
 
     Returns:
         Evolution: what moves the masks along, by hand or in `trainer_callback`.
@@ -56,9 +53,8 @@ def apply_to_vit_mae(model: nn.Module, masking: Masking, teacher: Teacher | None
     model = unwrap(model)
     embeddings: Any = next((module for module in model.modules() if hasattr(module, "random_masking")), None)
     if not (hasattr(model, "base_model") and hasattr(embeddings, "patch_embeddings")):
-        raise TypeError(
-            f"{type(model).__name__} is no ViTMAE of Hugging Face: pass a ViTMAEForPreTraining or ViTMAEModel"
-        )
+        name = type(model).__name__
+        raise TypeError(f"{name} is no ViTMAE of Hugging Face: pass a ViTMAEForPreTraining or ViTMAEModel")
     encoder = cast(nn.Module, model.base_model)
     where = f"{type(embeddings).__name__}.random_masking without noise"
     evolution = Evolution(encoder, masking, teacher, _student(model, encoder, teacher), where)
@@ -67,9 +63,7 @@ def apply_to_vit_mae(model: nn.Module, masking: Masking, teacher: Teacher | None
     return evolution
 
 
-def _random_masking(
-    evolution: Evolution, module: Any, own: Callable[..., Any], sequence: Tensor, noise: Tensor | None = None
-) -> Any:
+def _random_masking(evolution: Evolution, module: Any, own: Any, sequence: Tensor, noise: Tensor | None = None) -> Any:
     if noise is not None:
         return own(sequence, noise)
     return evolution.mask(sequence, num_visible(sequence.shape[1], module.config.mask_ratio))
@@ -81,22 +75,19 @@ def apply_to_mim(
     """Let a model of Hugging Face that takes `bool_masked_pos` mask with `masking`, in place of a collator's masks.
 
     A mask that a call is given, in training or in eval mode, is replaced; True is removed. A
-    `...ForMaskedImageModeling` in training masks without being given one, too, for it has no loss without a mask. Any
-    other call without a mask sees whole images: model(pixel_values) gives features as ever.
+    `...ForMaskedImageModeling` in training masks without one, too; any other call without a mask sees whole images.
 
     A loss of your own must be taken over ``evolution.last_mask`` [B, N], 1 where a patch is removed, after the call.
-    BeitForMaskedImageModeling must be given `labels` of all patches, [B, N] or [B, H, W]; those of the removed patches
-    are picked from them. In a Swin or FocalNet, which merge patches, a mask is made of squares as wide as a patch of
-    the last stage (32 pixels by default), as in SimMIM.
+    BeitForMaskedImageModeling must be given `labels` of all patches, [B, N] or [B, H, W], for those of the removed ones
+    to be picked. In a Swin or FocalNet, which merge patches, masks are made of squares as wide as a patch of the last
+    stage (32 pixels by default), as in SimMIM.
 
     Args:
-        model: the model that computes the loss, such as ViTForMaskedImageModeling, or a bare one, such as Dinov2Model,
-            where you compute it; wrapped in DistributedDataParallel or compiled or not.
+        model: one that computes the loss, such as ViTForMaskedImageModeling, or a bare one, such as Dinov2Model, where
+            you compute it; wrapped in DistributedDataParallel or compiled or not.
         masking: the mask.
-        teacher: where the mask gets its parts from: see `Evolution`. A PartTeacher is built from the same model or from
-            its ``base_model``.
-        mask_ratio: share of patches to remove, in [0, 1), for these models have none in their config. SimMIM removes
-            0.6, BEiT 0.4.
+        teacher: see `Evolution`. A PartTeacher is built from the same model or from its ``base_model``.
+        mask_ratio: share of patches to remove, in [0, 1), for these models' configs have none; BEiT removes 0.4.
 
     Returns:
         Evolution: what moves the masks along, by hand or in `trainer_callback`.
@@ -119,26 +110,36 @@ def apply_to_mim(
     Source: SimMIM, https://arxiv.org/abs/2111.09886, and
     https://github.com/huggingface/transformers/blob/main/examples/pytorch/image-pretraining/run_mim.py
     """
-    model = unwrap(model)
-    _check_host(model)
-    body = cast(nn.Module, model.base_model)
-    body = body if _takes_mask(body) else model
-    merged = 2 ** (len(getattr(model.config, "depths", [0])) - 1)
+    host: Any = unwrap(model)
+    name = type(host).__name__
+    if not (hasattr(host, "base_model") and hasattr(host, "config") and _takes_mask(host)):
+        raise TypeError(
+            f"{name} is no model of Hugging Face that takes `pixel_values` and `bool_masked_pos`: pass one that does, "
+            "such as ViTForMaskedImageModeling, or see apply_to_vit_mae and docs/hosts/index.md for others"
+        )
+    if host.config.model_type in REFUSED:
+        raise TypeError(f"{name} {REFUSED[host.config.model_type]}: no evolving masks for this model")
+    if all(getattr(module, "mask_token", None) is None for module in host.modules()):
+        raise ValueError(
+            f"this {name} was made without a mask token, and can mask nothing: make it with use_mask_token=True, an "
+            "option of its config or its class"
+        )
+    merged = 2 ** (len(getattr(host.config, "depths", [0])) - 1)
     if merged > 1 and isinstance(teacher, PartTeacher):
         raise ValueError(
-            f"{type(model).__name__} merges patches and has no attention between all of them, for a PartTeacher to "
-            "read: use a mask without parts, or parts from elsewhere"
+            f"{name} merges patches and has no attention between all of them, for a PartTeacher to read: use a mask "
+            "without parts, or parts from elsewhere"
         )
-    student = _student(model, body, teacher)
-    evolution = Evolution(body, masking, teacher, student, f"{type(model).__name__}.forward")
-    size = getattr(model.config, "image_size", 224)
+    body = host.base_model if _takes_mask(host.base_model) else host
+    evolution = Evolution(body, masking, teacher, _student(host, body, teacher), f"{name}.forward")
+    size = getattr(host.config, "image_size", 224)
+    images = torch.empty(1, 3, *((size, size) if isinstance(size, int) else size), device="meta")
     try:
-        empty = torch.empty(1, 3, *((size, size) if isinstance(size, int) else size), device="meta")
-        num_visible(math.prod(_mask_grid(body, empty, merged)), mask_ratio)
+        num_visible(math.prod(_mask_grid(body, images, merged)), mask_ratio)
     except ValueError:
         evolution.remove()
         raise
-    evolution.replace(model, "forward", Eager(partial(_put_mask, mask_ratio, merged), recursive=False))
+    evolution.replace(host, "forward", Eager(partial(_put_mask, mask_ratio, merged), recursive=False))
     return evolution
 
 
@@ -151,49 +152,22 @@ def _takes_mask(model: nn.Module) -> bool:
     return {"pixel_values", "bool_masked_pos"} <= set(signature(type(model).forward).parameters)
 
 
-def _check_host(model: Any) -> None:
-    name = type(model).__name__
-    if not (hasattr(model, "base_model") and hasattr(model, "config") and _takes_mask(model)):
-        raise TypeError(
-            f"{name} is no model of Hugging Face that takes `pixel_values` and `bool_masked_pos`: pass one that does, "
-            "such as ViTForMaskedImageModeling, or use apply_to_vit_mae for a ViTMAE. For a model of another code base "
-            "that must be given its mask, see docs/hosts/index.md"
-        )
-    if model.config.model_type in REFUSED:
-        raise TypeError(f"{name} {REFUSED[model.config.model_type]}: no evolving masks for this model")
-    if all(getattr(module, "mask_token", None) is None for module in model.modules()):
-        raise ValueError(
-            f"this {name} was made without a mask token, and can mask nothing: make it with use_mask_token=True, in "
-            "its config or as an argument of its class"
-        )
-
-
 def _put_mask(
-    mask_ratio: float,
-    merged: int,
-    evolution: Evolution,
-    module: nn.Module,
-    own: Callable[..., Any],
-    *args: Any,
-    **kwargs: Any,
+    mask_ratio: float, merged: int, evolution: Evolution, module: nn.Module, own: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """A forward pass of the model: with our mask, where it is to be masked."""
     names = list(signature(type(module).forward).parameters)[1:]
     call = dict(zip(names, args, strict=False)) | kwargs
+    images, labels = call.get("pixel_values"), call.get("labels")
+    is_masked = call.get("bool_masked_pos") is not None or labels is not None
+    # This one has no loss without a mask.
+    needs_mask = module.training and any("ForMaskedImageModeling" in each.__name__ for each in type(module).__mro__)
     with evolution.forward_pass(module, []):
-        if _wants_mask(module, call):
-            call["bool_masked_pos"] = mask = _draw(evolution, call["pixel_values"], mask_ratio, merged)
-            if call.get("labels") is not None:
-                call["labels"] = _labels_of(call["labels"], mask)
+        if images is not None and (is_masked or needs_mask):
+            call["bool_masked_pos"] = mask = _draw(evolution, images, mask_ratio, merged)
+            if labels is not None:
+                call["labels"] = _labels_of(labels, mask)
         return own(**call)
-
-
-def _wants_mask(module: nn.Module, call: dict[str, Any]) -> bool:
-    if call.get("pixel_values") is None:
-        return False
-    if call.get("bool_masked_pos") is not None or call.get("labels") is not None:
-        return True
-    return module.training and any("ForMaskedImageModeling" in cls.__name__ for cls in type(module).__mro__)
 
 
 def _draw(evolution: Evolution, images: Tensor, mask_ratio: float, merged: int) -> Tensor:
@@ -223,6 +197,6 @@ def _labels_of(labels: Tensor, mask: Tensor) -> Tensor:
     if labels.numel() != mask.numel():
         raise ValueError(
             f"labels has shape {list(labels.shape)}, but the mask that was given is replaced: pass labels of all "
-            f"patches, {list(mask.shape)}, of which those of the removed ones are picked"
+            f"patches, {list(mask.shape)}"
         )
     return labels.reshape(mask.shape)[mask]

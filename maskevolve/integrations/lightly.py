@@ -24,7 +24,7 @@ DRAWS = ("random_token_mask", "random_grid_token_mask", "random_inverse_block_ma
 """The functions of lightly.models.utils that draw a mask: they return (idx_keep, idx_mask), the last bool [B, H, W]."""
 HOW_TO_DRAW = (
     "write `from lightly.models import utils` and call `utils.random_token_mask(...)`, `utils.random_block_mask(...)` "
-    "or another in the `forward` or the `training_step` of the module that apply_to_lightly was given"
+    "or another in the `forward` or the `training_step` of the module that apply_to_lightly is given"
 )
 
 
@@ -33,15 +33,13 @@ def apply_to_lightly(mae: nn.Module, masking: Masking, teacher: Teacher | None =
 
     While `forward`, `training_step` or another step of the MAE runs, Lightly's functions `random_token_mask`,
     `random_grid_token_mask`, `random_inverse_block_mask` and `random_block_mask` draw from `masking`, for the images
-    among the arguments of that step. The first three return indices of the shapes that they would have returned, except
-    that no prefix token is ever masked; the last masks as many patches of each image as it would have masked.
+    among the arguments of that step. They mask as many patches as they would have masked, and never a prefix token.
 
     Args:
-        mae: a LightningModule or plain module that has a MaskedVisionTransformerTIMM (or another encoder of Lightly's)
-            in it; wrapped in DistributedDataParallel or compiled or not.
+        mae: a LightningModule or plain module with an encoder of Lightly's in it, such as MaskedVisionTransformerTIMM;
+            wrapped in DistributedDataParallel or compiled or not.
         masking: the mask.
-        teacher: where the mask gets its parts from: see `Evolution`. A PartTeacher is built from ``mae.backbone`` or
-            ``mae.backbone.vit``.
+        teacher: see `Evolution`. A PartTeacher is built from ``mae.backbone`` or ``mae.backbone.vit``.
 
     Returns:
         Evolution: what moves the masks along, by hand or in `lightning_callback`. Where a step makes the images itself,
@@ -70,16 +68,15 @@ def apply_to_lightly(mae: nn.Module, masking: Masking, teacher: Teacher | None =
     vit: Any = getattr(backbone, "vit", backbone)
     of_vit = isinstance(teacher, PartTeacher) and type(teacher.model.module) is type(vit)
     evolution = Evolution(backbone, masking, teacher, vit if of_vit else backbone, "utils.random_token_mask")
-    run_step = partial(_run_step, getattr(vit, "num_prefix_tokens", 1))
     for name in steps:  # what they and the encoder call is compiled
-        evolution.replace(mae, name, Eager(run_step, recursive=False))
+        evolution.replace(mae, name, Eager(_run_step, recursive=False))
     for each in backbones:
         evolution.replace(each, "encode", Eager(_encode, recursive=False))
     return evolution
 
 
-_current: ContextVar[tuple[Evolution, int] | None] = ContextVar("step", default=None)
-"""The step that is under way in this thread: whose masks it draws, and how many prefix tokens there are."""
+_current: ContextVar[Evolution | None] = ContextVar("step", default=None)
+"""Whose masks the step that is under way in this thread draws."""
 _lock = Lock()
 _steps_running = 0
 _own: dict[str, Callable[..., Any]] = {}
@@ -90,16 +87,9 @@ def _is_written(method: Any) -> bool:
     return method is not None and method.__module__.split(".")[0] not in ("torch", "lightning", "pytorch_lightning")
 
 
-def _run_step(
-    prefix: int, evolution: Evolution, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    """A method during which Lightly's functions draw ours."""
-    with _replaced(), evolution.forward_pass(module, tensors_in((args, kwargs))):
-        token = _current.set((evolution, prefix))
-        try:
-            return own(*args, **kwargs)
-        finally:
-            _current.reset(token)
+def _run_step(evolution: Evolution, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with _drawing(evolution), evolution.forward_pass(module, tensors_in((args, kwargs))):
+        return own(*args, **kwargs)
 
 
 def _encode(evolution: Evolution, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -117,39 +107,41 @@ def _encode(evolution: Evolution, module: nn.Module, own: Callable[..., Any], *a
 
 
 @contextmanager
-def _replaced() -> Iterator[None]:
-    """Lightly's functions ask the current step, for as long as any step runs in any thread."""
+def _drawing(evolution: Evolution) -> Iterator[None]:
+    """Lightly's functions draw for an evolution in this thread, and are replaced while any thread is in here."""
     global _steps_running
-    utils = import_host("lightly.models.utils", "'lightly[timm]'")
+    utils = vars(import_host("lightly.models.utils", "'lightly[timm]'"))
     with _lock:
         _steps_running += 1
         if _steps_running == 1:
-            _own.update({name: getattr(utils, name) for name in DRAWS if hasattr(utils, name)})
-            vars(utils).update({name: _asking(own) for name, own in _own.items()})
+            _own.update({name: utils[name] for name in DRAWS if name in utils})
+            utils.update({name: _asking(own) for name, own in _own.items()})
+    token = _current.set(evolution)
     try:
         yield
     finally:
+        _current.reset(token)
         with _lock:
             _steps_running -= 1
             if _steps_running == 0:
-                vars(utils).update(_own)
+                utils.update(_own)
 
 
 @cache  # the same one for each step: compiled code depends on it
 def _asking(own: Callable[..., Any]) -> Callable[..., Any]:
+    """One of Lightly's functions, which asks the step that runs in this thread, if any."""
     return Eager(partial(_ask, own))
 
 
 def _ask(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """One of Lightly's functions, which asks the step that runs in this thread, if any."""
-    step = _current.get()
-    if step is None:
+    evolution = _current.get()
+    if evolution is None:
         return own(*args, **kwargs)
-    evolution, prefix = step
     evolution._passes[-1].is_masked = True
     if own.__name__ == "random_block_mask":
         return _draw_blocks(evolution, own, *args, **kwargs)
     idx_keep, idx_mask = own(*args, **kwargs)  # for their shapes and device, and for errors in the arguments
+    prefix = getattr(getattr(evolution.model, "vit", evolution.model), "num_prefix_tokens", 1)
     keep = idx_keep.shape[1] - prefix
     masked = _mask(evolution, len(idx_keep), keep + idx_mask.shape[1], keep, idx_keep.device)
     before = torch.arange(prefix, device=idx_keep.device).expand(len(idx_keep), -1)

@@ -11,15 +11,7 @@ from ..masks import Masking, num_visible
 from ..teachers.average import unwrap
 from ..teachers.encoder import is_fatal
 from ..teachers.host_method import host_method
-from ..teachers.random_masking import (
-    CallSpec,
-    Result,
-    UnknownResultsError,
-    arrange,
-    call_spec,
-    learn_results,
-    read_call,
-)
+from ..teachers.random_masking import CallSpec, UnknownResultsError, arrange, call_spec, learn_results, read_call
 from .eager import Eager
 from .evolution import Evolution, Teacher
 
@@ -33,19 +25,17 @@ def apply_to_mae(
 ) -> Evolution:
     """Let an MAE mask with `masking`, in place of its own `random_masking(x, mask_ratio, ...)`.
 
-    What is returned is what the model's own returns, in its order: visible patches, mask, ids_restore, ids_keep. Of
-    further arguments, a second ratio is honoured (CrossMAE's `kept_mask_ratio`), a tensor, such as noise, means that
-    the mask is the model's own, and any other is refused where it is not its default or, without a default, not that
-    of the first call.
+    It returns what the model's own returns, in its order: visible patches, mask, ids_restore, ids_keep. Of further
+    arguments, a second ratio is honoured (CrossMAE's `kept_mask_ratio`), a tensor, such as noise, means that the mask
+    is the model's own, and any other must have its default or, without one, the value of the first call.
 
     Args:
-        model: the MAE, wrapped in DistributedDataParallel or compiled or not; it must have `random_masking` and
-            `patch_embed`, as the official one, its forks and mmpretrain's have.
+        model: the MAE, with `random_masking` and `patch_embed`, as the official one, its forks and mmpretrain's have;
+            wrapped in DistributedDataParallel or compiled or not.
         masking: the mask.
-        teacher: where the mask gets its parts from: see `Evolution`. A PartTeacher is built from the same model.
-        patch_size: in pixels, for a model whose patch embedding does not say. It is noted there, as
-            ``model.patch_embed.patch_size``, until `remove`; set that yourself before you build a PartTeacher from
-            such a model.
+        teacher: see `Evolution`. A PartTeacher is built from the same model.
+        patch_size: in pixels, for a model whose patch embedding does not say. It is ``model.patch_embed.patch_size``
+            until `remove`; set that yourself before you build a PartTeacher from such a model.
 
     Returns:
         Evolution: what moves the masks along.
@@ -80,13 +70,7 @@ def apply_to_mae(
 
 
 def _random_masking(
-    spec: CallSpec,
-    learned: dict[Any, Any],
-    evolution: Evolution,
-    module: nn.Module,
-    own: Callable[..., Any],
-    *args: Any,
-    **kwargs: Any,
+    spec: CallSpec, learned: dict[Any, Any], evolution: Evolution, _: nn.Module, own: Any, *args: Any, **kwargs: Any
 ) -> Any:
     x, mask_ratio, others = read_call(spec, args, kwargs)
     if any(isinstance(value, Tensor) for value in others.values()):
@@ -99,24 +83,22 @@ def _random_masking(
             )
     # What a second ratio asks for holds for so many patches only.
     asked = (x.shape[1], mask_ratio, *others.items()) if others else ()
-    if learned.get(asked) is None and not len(x):
-        return own(*args, **kwargs)
     if learned.get(asked) is None:
+        if not len(x):
+            return own(*args, **kwargs)
         learned[asked] = Eager(learn_results)(partial(own, *args, **kwargs), x)
     return arrange(evolution.mask(x, num_visible(x.shape[1], mask_ratio)), learned[asked])
 
 
-def _try(own: Callable[..., Any], embed: Any) -> tuple[Result, ...] | None:
+def _try(own: Callable[..., Any], embed: Any) -> Any:
     """What the model's own random_masking returns, or None where only the model knows how to call it."""
-    number = getattr(embed, "num_patches", 64)
+    number = getattr(embed, "num_patches", None)
     number = number if isinstance(number, int) else 64
     x = torch.arange(4.0 * number).view(2, number, 2)
     try:
         return learn_results(partial(own, x, 0.75), x)
-    except UnknownResultsError:
-        raise
     except Exception as error:  # whatever it needs, it is asked again when it is called
-        if is_fatal(error):
+        if isinstance(error, UnknownResultsError) or is_fatal(error):
             raise
         return None
 

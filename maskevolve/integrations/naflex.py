@@ -20,7 +20,7 @@ class NaFlexBatch(NamedTuple):
 
 
 def note_batch(evolution: Evolution, vit: Any, own: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Embed what a NaFlexVit is given: images, or patches with coordinates, which the patch dropout must know."""
+    """Embed what a NaFlexVit is given: images, or patches with coordinates, which its patch dropout must know."""
     given = dict(zip(("patch_coord", "patch_valid"), args, strict=False)) | kwargs
     if given.get("patch_coord") is None:
         return own(x, *args, **kwargs)
@@ -31,19 +31,12 @@ def note_batch(evolution: Evolution, vit: Any, own: Callable[..., Any], x: Tenso
         evolution._local.naflex = None
 
 
-def batch_of(evolution: Evolution) -> NaFlexBatch | None:
-    """The patches with coordinates that this thread embeds; None where it embeds images."""
-    return getattr(evolution._local, "naflex", None)
-
-
 def drop_patches(evolution: Evolution, batch: NaFlexBatch, rate: float, count: int) -> Tensor:
     """Which patches stay, when every image loses the same share of its own patches.
 
-    Images of one size are masked together, each on its own grid, so padding is neither drawn for nor counted. An image
-    with fewer patches than others keeps padding in their place, which the attention of NaFlexVit does not see. The
-    host waits for the coordinates, as timm does where it interpolates its position embeddings.
-
-    Of the L patches of each image, `count` stay, ``int(L * (1 - rate))``: [B, count] int64, on their device.
+    Images of one size are masked together. One with fewer patches than others keeps padding in their place, which the
+    attention of NaFlexVit does not see. The host waits for the coordinates, as where timm interpolates its position
+    embeddings. Of L places, `count` stay, ``int(L * (1 - rate))``: [B, count] int64, on the device of the patches.
     """
     length, device = batch.x.shape[1], batch.x.device
     # Patches that stay come first, padding next, those that are dropped last.
@@ -61,8 +54,7 @@ def _by_grid(batch: NaFlexBatch) -> dict[tuple[int, int], tuple[list[int], list[
     """For each grid (H, W): the images that have it, and where each has its patches, row by row, [H * W] int64."""
     groups: dict[tuple[int, int], tuple[list[int], list[Tensor]]] = defaultdict(lambda: ([], []))
     coordinates = batch.patch_coord.cpu()
-    everything = torch.ones(coordinates.shape[:2], dtype=torch.bool)
-    valid = everything if batch.patch_valid is None else batch.patch_valid.bool().cpu()
+    valid = torch.ones(coordinates.shape[:2]) if batch.patch_valid is None else batch.patch_valid.cpu()
     for image in range(len(coordinates)):
         place = valid[image].nonzero().flatten()
         if not len(place):
@@ -72,8 +64,8 @@ def _by_grid(batch: NaFlexBatch) -> dict[tuple[int, int], tuple[list[int], list[
         cell, order = (row * width + column).sort()
         if not torch.equal(cell, torch.arange(height * width)):
             raise ValueError(
-                f"image {image} has {len(place)} patches, with coordinates up to ({height - 1}, {width - 1}), which do "
-                f"not fill a grid of {height} x {width}: masks are drawn for whole images"
+                f"image {image} has {len(place)} patches, which do not fill a grid of {height} x {width}: masks "
+                "are drawn for whole images"
             )
         images, places = groups[height, width]
         images.append(image)

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 def call_after_steps(optimizer: Any, function: Callable[[], None]) -> RemovableHandle:
-    """Call a function after each step that is not skipped of what `unwrap_optimizer` returned, until `.remove()`."""
+    """Call a function after each step of what `unwrap_optimizer` returned that is not skipped, until `.remove()`."""
 
     def after(*_: Any) -> None:
         # float16 gradients may overflow: a GradScaler tells a fused optimizer, and DeepSpeed's optimizers say so.

@@ -20,15 +20,15 @@ def apply_to_stable_pretraining(module: nn.Module, masking: Masking, teacher: Te
 
     In a MaskedEncoder, which MAE has, it takes the place of the encoder's own ``masking(x, grid_h, grid_w)``; in
     SimMIM, BEiT, MaskFeat, data2vec, iBOT, MIM-Refiner, DINOv2, DINOv3, MSN, PMSN, CMAE and CrossMAE, that of
-    ``_random_mask``. How many patches are removed stays with what is replaced, as does when: its mask ratio is read at
-    each mask, and an encoder in eval mode keeps all patches. I-JEPA and SALT draw a context and targets, not a mask.
+    ``_random_mask``. What is replaced still says, at each mask, how many patches are removed: none in an encoder in
+    eval mode. I-JEPA and SALT draw a context and targets, not a mask.
 
     Args:
         module: such a method, its MaskedEncoder, or a module with one of either in it; wrapped in
             DistributedDataParallel or compiled or not.
         masking: the mask.
-        teacher: where the mask gets its parts from: see `Evolution`. A PartTeacher is built from the MaskedEncoder or
-            from the ViT that trains, such as ``module.encoder.vit``.
+        teacher: see `Evolution`. A PartTeacher is built from the MaskedEncoder or the ViT that trains, such as
+            ``module.encoder.vit``.
 
     Returns:
         Evolution: what moves the masks along, by hand or in `lightning_callback`. Where a method masks images that its
@@ -49,13 +49,12 @@ def apply_to_stable_pretraining(module: nn.Module, masking: Masking, teacher: Te
     drawn = "_random_mask" if hasattr(owner, "_random_mask") else "masking"
     student = _find_student(module, model, teacher)
     evolution = Evolution(model, masking, teacher, student, f"{type(owner).__name__}.{drawn}")
-    if isinstance(owner, backbone.MaskedEncoder):
+    if drawn == "masking":
         evolution.note_images(owner.patch_embed)
         evolution.replace(owner.masking, "forward", _mask_tokens)
     else:
-        returns_pair = len(signature(owner._random_mask).parameters) == 1
         evolution.replace(owner, "forward", Eager(_run_method, recursive=False))
-        evolution.replace(owner, "_random_mask", _draw_pair if returns_pair else _draw_mask)
+        evolution.replace(owner, drawn, DRAWS[len(signature(owner._random_mask).parameters)])
     return evolution
 
 
@@ -80,11 +79,10 @@ def _find_owner(module: nn.Module, encoder: Any) -> Any:
 def _check_draw(owner: Any) -> None:
     """Refuse masks of another kind than those that are replaced."""
     if hasattr(owner, "_random_mask"):
-        if len(signature(owner._random_mask).parameters) not in (1, 3):
-            raise TypeError(
-                f"{type(owner).__name__}._random_mask{signature(owner._random_mask)} is neither _random_mask(B, N, "
-                "device), as in SimMIM, nor _random_mask(x), as in CrossMAE"
-            )
+        arguments = signature(owner._random_mask)
+        if len(arguments.parameters) not in DRAWS:
+            known = "neither _random_mask(B, N, device), as in SimMIM, nor _random_mask(x), as in CrossMAE"
+            raise TypeError(f"{type(owner).__name__}._random_mask{arguments} is {known}")
         return
     height, width = owner.default_grid_h, owner.default_grid_w
     with torch.random.fork_rng([]):
@@ -92,8 +90,8 @@ def _check_draw(owner: Any) -> None:
         drawn = draw(owner.masking, torch.zeros(1, height * width, owner.embed_dim), height, width)
     if not all(hasattr(drawn, name) for name in ("visible", "mask", "ids_restore", "ids_keep")):
         raise TypeError(
-            f"{type(owner.masking).__name__} returns {type(drawn).__name__}, where PatchMasking and others return a "
-            "MaskingOutput: masks can take the place of these only"
+            f"{type(owner.masking).__name__} returns {type(drawn).__name__}, where PatchMasking and others that "
+            "masks can take the place of return a MaskingOutput"
         )
 
 
@@ -114,16 +112,15 @@ def _find_student(module: nn.Module, model: nn.Module, teacher: Any) -> nn.Modul
 # What the host draws for one image on the CPU, where that waits for no device, says how many patches stay.
 
 
-def _mask_tokens(
-    evolution: Evolution, masking: nn.Module, own: Callable[..., Any], x: Tensor, grid_h: int, grid_w: int
-) -> Any:
+def _mask_tokens(evolution: Evolution, _: nn.Module, own: Any, x: Tensor, grid_h: int, grid_w: int) -> Any:
     """In place of the `masking` of a MaskedEncoder."""
-    keep = own(torch.zeros_like(x[:1], device="cpu"), grid_h, grid_w).ids_keep.shape[1]
+    drawn = own(torch.zeros_like(x[:1], device="cpu"), grid_h, grid_w)
+    keep = drawn.ids_keep.shape[1]
     if keep == x.shape[1]:  # in eval mode, say
         return own(x, grid_h, grid_w)
     visible, mask, ids_restore = evolution.mask(x, keep, (grid_h, grid_w))
-    output: Any = import_host("stable_pretraining.backbone.patch_masking", "stable-pretraining").MaskingOutput
-    return output(visible, mask, ids_restore, ids_restore.argsort(1)[:, :keep])
+    ids_keep = ids_restore.argsort(1)[:, :keep]
+    return type(drawn)(visible=visible, mask=mask, ids_restore=ids_restore, ids_keep=ids_keep)
 
 
 def _run_method(evolution: Evolution, method: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -133,19 +130,18 @@ def _run_method(evolution: Evolution, method: nn.Module, own: Callable[..., Any]
         return own(*args, **kwargs)
 
 
-def _draw_mask(
-    evolution: Evolution, method: nn.Module, own: Callable[..., Tensor], B: int, N: int, device: torch.device | str
-) -> Tensor:
-    """In place of a `_random_mask` that returns which patches are removed, [B, N] bool."""
+def _draw_mask(evolution: Evolution, _: nn.Module, own: Callable[..., Any], B: int, N: int, device: Any) -> Tensor:
+    """In place of a `_random_mask` that returns which patches are removed, [B, N]."""
     keep = N - int(own(1, N, "cpu").sum())
-    mask: Tensor = mask_images(evolution, torch.zeros(B, N, 1, device=device), keep, is_first=True).mask
-    return mask
+    return mask_images(evolution, torch.zeros(B, N, 1, device=device), keep, is_first=True).mask
 
 
-def _draw_pair(
-    evolution: Evolution, method: nn.Module, own: Callable[..., tuple[Tensor, Tensor]], x: Tensor
-) -> tuple[Tensor, Tensor]:
+def _draw_pair(evolution: Evolution, _: nn.Module, own: Callable[..., Any], x: Tensor) -> tuple[Tensor, Tensor]:
     """In place of CrossMAE's, which returns what stays and what of the rest is predicted."""
     visible, predicted = own(torch.zeros_like(x[:1], device="cpu"))
     masked = mask_images(evolution, x, visible.shape[1], is_first=True)
     return masked.visible, masked.ids_restore >= x.shape[1] - int(predicted.sum())
+
+
+DRAWS: dict[int, Callable[..., Any]] = {1: _draw_pair, 3: _draw_mask}
+"""What takes the place of a `_random_mask`, by the number of its arguments."""

@@ -1,6 +1,5 @@
 """timm's ViTs (https://github.com/huggingface/pytorch-image-models), which hide patches by patch dropout."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ from ..masks import Masking
 from ..teachers.average import unwrap
 from .eager import Eager
 from .evolution import Evolution, Teacher
-from .naflex import batch_of, drop_patches, note_batch
+from .naflex import NaFlexBatch, drop_patches, note_batch
 
 
 def apply_to_timm(vit: nn.Module, masking: Masking, teacher: Teacher | None = None) -> Evolution:
@@ -24,7 +23,7 @@ def apply_to_timm(vit: nn.Module, masking: Masking, teacher: Teacher | None = No
         vit: a ViT, EVA or NaFlexVit of timm, made with `patch_drop_rate`; wrapped in DistributedDataParallel or
             compiled or not.
         masking: the mask.
-        teacher: where the mask gets its parts from: see `Evolution`. A PartTeacher is built from the same model.
+        teacher: see `Evolution`. A PartTeacher is built from the same model.
 
     Returns:
         Evolution: what moves the masks along.
@@ -50,10 +49,8 @@ def apply_to_timm(vit: nn.Module, masking: Masking, teacher: Teacher | None = No
             raise TypeError(f"{type(vit).__name__} has no `{name}`, as timm's ViTs have: pass such a ViT itself")
     dropout: Any = vit.patch_drop
     if not hasattr(dropout, "prob"):
-        raise ValueError(
-            f"this {type(vit).__name__} was made without patch dropout, and drops no patches: make it with "
-            "timm.create_model(..., patch_drop_rate=0.75)"
-        )
+        how = "make it with timm.create_model(..., patch_drop_rate=0.75)"
+        raise ValueError(f"this {type(vit).__name__} was made without patch dropout, and drops no patches: {how}")
     evolution = Evolution(vit, masking, teacher, where=f"{type(dropout).__name__}.forward, the ViT's patch_drop")
     # In models with rotary embeddings. Older versions of timm have an option in place of a class.
     with_indices = type(dropout).__name__ == "PatchDropoutWithIndices" or getattr(dropout, "return_indices", False)
@@ -67,28 +64,21 @@ def apply_to_timm(vit: nn.Module, masking: Masking, teacher: Teacher | None = No
 
 
 def _drop(
-    prefix: int,
-    with_indices: bool,
-    drop_padded: Callable[..., Tensor],
-    evolution: Evolution,
-    module: Any,
-    own: Callable[..., Any],
-    x: Tensor,
+    prefix: int, with_indices: bool, drop_padded: Any, evolution: Evolution, module: Any, _: Any, x: Tensor
 ) -> Tensor | tuple[Tensor, Tensor | None]:
     """The tokens [B, prefix + N_keep, D] that stay and, where they are wanted, which patches those are, [B, N_keep]."""
-    keep = None
+    keep: Tensor | None = None
     if module.training and module.prob > 0:
-        patches, batch = x[:, prefix:], batch_of(evolution)
+        patches = x[:, prefix:]
         count = max(1, int(patches.shape[1] * (1 - module.prob)))
-        if batch is None:
-            visible, mask, ids_restore = evolution.mask(patches, count)
-            if module.ordered:
-                keep = mask.argsort(dim=1, stable=True)[:, :count]
-                visible = patches.take_along_dim(keep[..., None], 1)
-            elif with_indices:
-                keep = ids_restore.argsort(dim=1)[:, :count]
-        else:
+        batch: NaFlexBatch | None = getattr(evolution._local, "naflex", None)
+        if batch is not None:
             keep = drop_padded(evolution, batch, module.prob, count)
+        else:
+            visible, _, ids_restore = evolution.mask(patches, count)
+            if module.ordered or with_indices:
+                keep = ids_restore.argsort(1)[:, :count]
+        if keep is not None:
             keep = keep.sort(1).values if module.ordered else keep
             visible = patches.take_along_dim(keep[..., None], 1)
         x = torch.cat([x[:, :prefix], visible], 1)

@@ -1,0 +1,65 @@
+"""Reading every few patches only: the blocks of an encoder are given these, as an MAE's are given the visible ones."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_whole
+from ..grid import every
+from .patch_grid import Pair, patch_grid
+from .trial import attention_modules, blocks_of, trial_of
+
+
+def leaves_enough(grid: Pair, stride: int) -> bool:
+    """Whether two patches stay along each side that has as many."""
+    return all(len(every(side, stride)) >= min(side, 2) for side in grid)
+
+
+def strided(grid: Pair, stride: int) -> Pair:
+    """How many of the patches every `stride`-th one in each direction are; a ValueError where that is no grid."""
+    check_whole("stride", stride, 1, "how far apart the patches are that are read, 1 for all of them")
+    height, width = (len(every(side, stride)) for side in grid)
+    if not leaves_enough(grid, stride):
+        raise ValueError(
+            f"stride={stride} leaves {height} x {width} of {grid[0]} x {grid[1]} patches, and 2 x 2 are needed: pass "
+            "stride=1, or larger images"
+        )
+    return height, width
+
+
+@contextmanager
+def every_few_patches(model: nn.Module, images: Tensor, stride: int) -> Iterator[None]:
+    """Let the blocks of an encoder see every `stride`-th patch of images in each direction, and all prefix tokens.
+
+    Positions that are added before the blocks stay with their patches, and so do rotary ones that blocks are given.
+    Positions that blocks know of themselves, as those of BEiT, do not fit: then the model raises its own error.
+    """
+    grid = patch_grid(model, images)
+    strided(grid, stride)
+    count, prefixes = grid[0] * grid[1], {0, *trial_of(model).prefixes}
+    rows, columns = (torch.tensor(every(side, stride), device=images.device) for side in grid)
+    kept = (rows[:, None] * grid[1] + columns).flatten()
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: pick(each) for name, each in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(map(pick, value))
+        if not torch.is_tensor(value) or value.ndim < 2 or value.shape[-2] - count not in prefixes:
+            return value
+        prefix = value.shape[-2] - count
+        return value.index_select(-2, torch.cat([torch.arange(prefix, device=kept.device), kept + prefix]))
+
+    blocks = blocks_of(model, [name for name, _ in attention_modules(model)]) if stride > 1 else []
+    handles = [
+        block.register_forward_pre_hook(lambda _, args, kwargs: (pick(args), pick(kwargs)), with_kwargs=True)
+        for block in blocks
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
