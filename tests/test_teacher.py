@@ -99,17 +99,20 @@ def test_update_changes_parts_and_state_brings_them_back():
     assert torch.equal(resumed(images), teacher(images))
 
 
-def test_reads_tokens_unless_the_published_way_is_asked_for():
-    vit, images = make_vit(), photographs(2, 224)
-    read = {layers: attention_affinity(vit, images, layers) for layers in (None, (0,), (-1,))}
-    read["tokens"] = token_affinity(vit, images)
+def test_reads_the_middle_of_every_second_patch_unless_another_way_is_asked_for():
+    vit, images = make_vit(depth=6), photographs(2, 224)
+    read = {(layers, 1): attention_affinity(vit, images, layers) for layers in (None, (0,), (-1,), (2, 3))}
+    read |= {("middle", stride): attention_affinity(vit, images, [2, 3], stride) for stride in (2, 3)}
+    read |= {("tokens", stride): token_affinity(vit, images, stride) for stride in (1, 2)}
     parts = {
-        layers: GraphCutPartitioner()(affinity, 40, grid_size=(14, 14), images=images)
-        for layers, affinity in read.items()
+        way: GraphCutPartitioner()(affinity, 40, grid_size=(14, 14), images=images, stride=way[1])
+        for way, affinity in read.items()
     }
-    assert torch.equal(make_teacher(vit)(images), parts["tokens"])
-    for layers, expected in parts.items():
-        assert torch.equal(make_teacher(vit, layers=layers)(images), expected)
+    assert torch.equal(make_teacher(vit)(images), parts["middle", 2])
+    assert torch.equal(make_teacher(vit, stride=1)(images), parts[(2, 3), 1])
+    for (layers, stride), expected in parts.items():
+        options = {} if stride == 1 else {"stride": stride}
+        assert torch.equal(make_teacher(vit, layers=layers, **options)(images), expected)
         assert sum(torch.equal(expected, other) for other in parts.values()) == 1
 
 
@@ -454,9 +457,9 @@ def test_a_model_is_tried_once(monkeypatch):
     monkeypatch.setattr(Watched, "passes", 0)
     teacher = make_teacher(model)
     apply_to_mae(model, EvolvingMask(10), teacher)
-    assert Watched.passes == 1
+    assert Watched.passes == 2, "all patches, and every second one up to the layers that are read"
     teacher(images)
-    assert Watched.passes == 2
+    assert Watched.passes == 3
 
 
 OUT_OF_MEMORY = (torch.cuda.OutOfMemoryError("no"), MemoryError(), RuntimeError("can't allocate memory"))

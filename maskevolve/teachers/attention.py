@@ -2,18 +2,21 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .encoder import all_patches, encode, read_lock
 from .softmax import AttentionMode
+from .stride import every_few_patches
 from .trial import Done, attention_modules, check_shape, not_found, prefix_length, tokens_in
 
 
 @torch.no_grad()
-def attention_affinity(model: nn.Module, images: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+def attention_affinity(
+    model: nn.Module, images: Tensor, layers: Sequence[int] | Literal["middle"] | None = None, stride: int = 1
+) -> Tensor:
     """Mean softmax attention between patches, over heads and layers; prefix tokens (class, register, ...) are dropped.
 
     Args:
@@ -21,15 +24,17 @@ def attention_affinity(model: nn.Module, images: Tensor, layers: Sequence[int] |
             ViTMAE of Hugging Face, or a ViT of torchvision; masking is off here. Runs in the mode it is in: call
             ``model.eval()`` first for a teacher.
         images: what the model takes, [B, C, height, width] in pixels.
-        layers: which attention layers, counted from 0 or, below 0, from the end; all where None. Those after the last
-            one that is wanted do not run.
+        layers: which attention layers, counted from 0 or, below 0, from the end; "middle", those of the middle third;
+            all where None. Those after the last one that is wanted do not run.
+        stride: which patches: every stride-th one in each direction is given to the blocks. At 2, these cost a quarter.
 
     Returns:
-        [B, N, N] float32: row n is the attention of patch n to every patch; its sum is below 1 with prefix tokens.
+        [B, N, N] float32: row n is the attention of patch n to every patch; its sum is below 1 with prefix tokens. With
+        a stride, N is the number of the patches that are left: half of the rows and columns, rounded up, at 2.
 
     Raises:
-        ValueError: where a layer does not exist, the model cannot be tried on pictures, the patches cannot be told from
-            the prefix tokens, or the model brings them in another order.
+        ValueError: where a layer does not exist, fewer than 2 x 2 patches are left, the model cannot be tried on
+            pictures, the patches cannot be told from the prefix tokens, or the model brings them in another order.
         RuntimeError: where no attention is found; it names the modules that were looked at.
 
     Examples:
@@ -38,8 +43,8 @@ def attention_affinity(model: nn.Module, images: Tensor, layers: Sequence[int] |
         >>> attention_affinity(vit, torch.randn(1, 3, 224, 224)).shape
         torch.Size([1, 196, 196])
     """
-    modules = attention_modules(model, layers, images)
-    with read_lock, _reading(model, modules, ends=True) as affinity, all_patches(model), suppress(Done):
+    modules, fewer = attention_modules(model, layers, images), every_few_patches(model, images, stride)
+    with read_lock, _reading(model, modules, True, stride) as affinity, all_patches(model), fewer, suppress(Done):
         encode(model, images)
     return affinity(images)
 
@@ -73,11 +78,13 @@ def reading(
         >>> affinity(images).shape
         torch.Size([1, 196, 196])
     """
-    return _reading(model, attention_modules(model, layers), ends=False)
+    return _reading(model, attention_modules(model, layers), ends=False, stride=1)
 
 
 @contextmanager
-def _reading(model: nn.Module, layers: list[tuple[str, nn.Module]], ends: bool) -> Iterator[Callable[[Tensor], Tensor]]:
+def _reading(
+    model: nn.Module, layers: list[tuple[str, nn.Module]], ends: bool, stride: int
+) -> Iterator[Callable[[Tensor], Tensor]]:
     """Add up the attention of some layers; where it `ends` the pass, after the last of them."""
     names = {module: name for name, module in layers}
     left, total = dict(names), None
@@ -106,7 +113,7 @@ def _reading(model: nn.Module, layers: list[tuple[str, nn.Module]], ends: bool) 
                 f"attention of {len(total)} images was read last, but images has shape {list(images.shape)}: give the "
                 "images of the last pass"
             )
-        prefix = prefix_length(model, images, total.shape[1])
+        prefix = prefix_length(model, images, total.shape[1], stride)
         return total[:, prefix:, prefix:] / len(names)
 
     with AttentionMode(names, enter, take).hooked():
@@ -114,7 +121,7 @@ def _reading(model: nn.Module, layers: list[tuple[str, nn.Module]], ends: bool) 
 
 
 @torch.no_grad()
-def token_affinity(model: nn.Module, images: Tensor) -> Tensor:
+def token_affinity(model: nn.Module, images: Tensor, stride: int = 1) -> Tensor:
     """Cosine similarity of the patches' tokens where the first attention layer reads them, less their mean.
 
     So it needs the patch embedding and the first norm, and no block of the model. For a small MAE, parts that were cut
@@ -124,6 +131,7 @@ def token_affinity(model: nn.Module, images: Tensor) -> Tensor:
     Args:
         model: see `attention_affinity`.
         images: what the model takes, [B, C, height, width] in pixels.
+        stride: see `attention_affinity`.
 
     Returns:
         [B, N, N] float32 in [-1, 1], symmetric. A partitioner takes values below 0 as 0.
@@ -144,11 +152,12 @@ def token_affinity(model: nn.Module, images: Tensor) -> Tensor:
         read.extend(tokens_in(module, args, kwargs))
         raise Done
 
-    with read_lock, all_patches(model), suppress(Done), AttentionMode([first], enter, lambda *_: None).hooked():
+    mode, fewer = AttentionMode([first], enter, lambda *_: None), every_few_patches(model, images, stride)
+    with read_lock, all_patches(model), fewer, suppress(Done), mode.hooked():
         encode(model, images)
     if not read:
         raise RuntimeError(not_found(model, f"gave no tokens, [B, tokens, width], to {name}"))
-    tokens = read[0][:, prefix_length(model, images, read[0].shape[1]) :]
+    tokens = read[0][:, prefix_length(model, images, read[0].shape[1], stride) :]
     with torch.autocast(tokens.device.type, enabled=False):
         tokens = tokens.float()
         tokens = nn.functional.normalize(tokens - tokens.mean(1, keepdim=True), dim=2)

@@ -37,6 +37,9 @@ def every_few_patches(model: nn.Module, images: Tensor, stride: int) -> Iterator
     Positions that are added before the blocks stay with their patches, and so do rotary ones that blocks are given.
     Positions that blocks know of themselves, as those of BEiT, do not fit: then the model raises its own error.
     """
+    if stride == 1:
+        yield
+        return
     grid = patch_grid(model, images)
     strided(grid, stride)
     count, prefixes = grid[0] * grid[1], {0, *trial_of(model).prefixes}
@@ -53,7 +56,7 @@ def every_few_patches(model: nn.Module, images: Tensor, stride: int) -> Iterator
         prefix = value.shape[-2] - count
         return value.index_select(-2, torch.cat([torch.arange(prefix, device=kept.device), kept + prefix]))
 
-    blocks = blocks_of(model, [name for name, _ in attention_modules(model)]) if stride > 1 else []
+    blocks = blocks_of(model, [name for name, _ in attention_modules(model)])
     handles = [
         block.register_forward_pre_hook(lambda _, args, kwargs: (pick(args), pick(kwargs)), with_kwargs=True)
         for block in blocks

@@ -1,5 +1,6 @@
 """Teachers: images to parts, by a slow copy of the model in training or by a pretrained model."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from inspect import Parameter, signature
@@ -13,16 +14,18 @@ from torch.optim.swa_utils import AveragedModel
 from ..checks import check_number, check_tensor, is_whole
 from ..grid import GridSize
 from ..parts import PartHierarchy, parts_from_segmentation
+from ..parts.affinity import interpolate
 from ..precision import keep_dtype
 from ..schedule import Schedule, clamp_epoch, num_parts_at, num_parts_by, warn_outside
 from .attention import attention_affinity, token_affinity
 from .average import move_average, refuse_sharded, tensors_of, unwrap
-from .encoder import is_fatal, read_lock, without_hooks
+from .encoder import is_fatal, read_lock, untouched, without_hooks
 from .host_method import restore_methods
 from .patch_grid import patch_grid, whole_patches
+from .stride import leaves_enough, strided
 from .trial import check_affinity, trial_of, trials
 
-Layers = Sequence[int] | Literal["tokens"] | None
+Layers = Sequence[int] | Literal["middle", "tokens"] | None
 NumParts = tuple[int, int] | Schedule
 Self = TypeVar("Self", bound="_Teacher")
 
@@ -37,10 +40,15 @@ class _Teacher(nn.Module):
     advice: str  # what to do where the model cannot read images
     _model_for: Callable[[Tensor], tuple[nn.Module, list[torch.dtype], Tensor]]
 
-    def __init__(self, partitioner: nn.Module, total_epochs: float, num_parts: NumParts, layers: Layers) -> None:
+    def __init__(
+        self, partitioner: nn.Module, total_epochs: float, num_parts: NumParts, layers: Layers, stride: int | None
+    ) -> None:
         super().__init__()
-        if isinstance(layers, str) and layers != "tokens":
-            raise ValueError(f'layers={layers!r} must be "tokens", a list of attention layers, or None for all of them')
+        if isinstance(layers, str) and layers not in ("middle", "tokens"):
+            must = '"middle", "tokens", a list of attention layers, or None for all of them'
+            raise ValueError(f"layers={layers!r} must be {must}")
+        if stride is not None:
+            strided((1, 1), stride)
         if not isinstance(partitioner, nn.Module):
             raise TypeError(f"partitioner={partitioner!r} must be an instance, such as GraphCutPartitioner()")
         pair = isinstance(num_parts, (tuple, list)) and len(num_parts) == 2
@@ -49,8 +57,13 @@ class _Teacher(nn.Module):
             raise ValueError(f"num_parts={num_parts!r} must be {must}")
         self.partitioner = partitioner
         self.total_epochs, self.part_range, self.layers = total_epochs, num_parts, layers
-        taken = signature(partitioner.forward).parameters.values()
-        self.wants_images = any(each.name == "images" or each.kind is Parameter.VAR_KEYWORD for each in taken)
+        self.stride, self.must_stride = (
+            (2 if layers == "middle" else 1) if stride is None else stride,
+            stride is not None,
+        )
+        taken = signature(partitioner.forward).parameters
+        self.wants_images = any(name == "images" or each.kind is Parameter.VAR_KEYWORD for name, each in taken.items())
+        self.knows_stride = "stride" in taken
         self.register_buffer("epoch", torch.zeros((), dtype=torch.float32))
         self.num_parts = self._num_parts_in(0)
         self._num_parts_in(total_epochs)  # refuses what is bad here, not in the last epoch
@@ -123,11 +136,14 @@ class _Teacher(nn.Module):
             # The model, where images are, the dtypes that its tensors have while it runs, and the images that it sees.
             model, dtypes, images = self._model_for(images)
             grid = patch_grid(model, images)
+            stride = self.stride if self.must_stride or leaves_enough(grid, self.stride) else 1
             how = {"grid_size": grid, **({"images": whole_patches(model, images)} if self.wants_images else {})}
+            how |= {"stride": stride} if self.knows_stride else {}
             if not len(images):
                 return images.new_zeros((0, grid[0] * grid[1], grid[0] * grid[1]), dtype=torch.float32), how
             try:
-                return _affinity(model, images, dtypes, self.layers), how
+                affinity = _affinity(model, images, dtypes, self.layers, stride)
+                return affinity if self.knows_stride else interpolate(affinity, grid, stride), how
             except Exception as error:
                 if is_fatal(error):
                     raise
@@ -137,6 +153,23 @@ class _Teacher(nn.Module):
                     f"{whose} images of shape {list(images.shape)}: {str(error).rstrip('.')}. "
                     f"{self.advice if images.is_floating_point() else dtype}"
                 ) from error
+
+    def _copy(self, model: nn.Module) -> nn.Module:
+        """A copy of a model that can be read as this teacher does: refused here is what would be in the first step."""
+        copy = _copy(model)
+        if error := _problem(copy, self.layers):
+            if self.layers == "middle" and not _problem(copy, "tokens"):
+                raise type(error)(f'{error} With layers="tokens" it can be read.') from error
+            raise error
+        if self.stride > 1 and (error := _problem(copy, self.layers, self.stride)):
+            what = f"the blocks of {type(model).__name__} cannot do with every few patches ({error})"
+            if self.must_stride:
+                raise ValueError(f"{what}: pass stride=1 in place of stride={self.stride}") from error
+            self.stride = 1
+            warnings.warn(f"{what}: this teacher reads all of them, as with stride=1, at a higher cost", stacklevel=4)
+        trials[model] = trial_of(copy)
+        trials[copy] = trials[model]._replace(size=0)  # which nobody changes
+        return copy
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of nn.Module, but where a state is refused, the teacher stays what it is."""
@@ -175,9 +208,13 @@ class PartTeacher(_Teacher):
             ``epoch / (total_epochs - 1)`` in [0, 1], to the number of parts; what it returns is rounded.
         decay: of the moving average, for each update, in [0, 1]; short runs want less than 0.9999. At 1 no update
             changes the average.
-        layers: what is read from the average. "tokens", the tokens before its first block (`token_affinity`),
-            costs least. None is the published way: the attention of all layers. A list names attention layers, counted
-            from 0 or, below 0, from the end. What comes after the last layer that is read is not computed.
+        layers: what is read from the average: "middle", the attention of the middle third of its layers; None, that of
+            all layers, the published way; a list, that of these, counted from 0 or, below 0, from the end; "tokens",
+            the tokens before its first block (`token_affinity`), which cost least and know colours only. What comes
+            after the last layer that is read is not computed.
+        stride: which patches the average sees: every stride-th one in each direction. Where None, 2 for the "middle",
+            which then costs a quarter, and 1, all of them, for anything else, for a model that cannot do with fewer
+            (one warning says so) and for images with two patches along a side.
 
     Examples:
         >>> import timm
@@ -204,14 +241,15 @@ class PartTeacher(_Teacher):
         total_epochs: float,
         num_parts: NumParts = (40, 10),
         decay: float = 0.9999,
-        layers: Layers = "tokens",
+        layers: Layers = "middle",
+        stride: int | None = None,
     ) -> None:
-        super().__init__(partitioner, total_epochs, num_parts, layers)
+        super().__init__(partitioner, total_epochs, num_parts, layers, stride)
         check_number("decay", decay, "a number in [0, 1]: the share of the average that an update keeps", most=1)
         self.decay = decay
         model = unwrap(model)
         self.model = AveragedModel(nn.Identity())
-        self.model.module = _copy(model, layers)  # set, for AveragedModel would copy hooks, too
+        self.model.module = self._copy(model)  # set, for AveragedModel would copy hooks, too
         self._dtypes = [tensor.dtype for tensor in tensors_of(model)]
         self.model.requires_grad_(False).float()
         self._caught_up = False
@@ -272,6 +310,7 @@ class FrozenTeacher(_Teacher):
         total_epochs: as for `PartTeacher`.
         num_parts: as for `PartTeacher`.
         layers: as for `PartTeacher`.
+        stride: as for `PartTeacher`.
         transform: maps the images of the model that trains, [B, C, height, width] or of another shape, to those that
             this model takes, as many, [B, C, height, width], such as by another size or normalisation. It must show the
             same section of the images: no crops, no flips.
@@ -298,12 +337,13 @@ class FrozenTeacher(_Teacher):
         *,
         total_epochs: float,
         num_parts: NumParts = (40, 10),
-        layers: Layers = "tokens",
+        layers: Layers = "middle",
+        stride: int | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        super().__init__(partitioner, total_epochs, num_parts, layers)
+        super().__init__(partitioner, total_epochs, num_parts, layers, stride)
         # No module of this one's: so it is neither saved nor averaged, cast or trained with what holds the teacher.
-        vars(self)["model"] = _copy(unwrap(model), layers).requires_grad_(False).eval()
+        vars(self)["model"] = self._copy(unwrap(model)).requires_grad_(False).eval()
         vars(self)["transform"] = transform
         self.eval()
 
@@ -319,8 +359,8 @@ class FrozenTeacher(_Teacher):
         return self.model, [tensor.dtype for tensor in tensors_of(self.model)], seen
 
 
-def _copy(model: nn.Module, layers: Layers) -> nn.Module:
-    """A copy of a model without what users and integrations hooked to it; one that a teacher can read."""
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy of a model without what users and integrations hooked to it."""
     refuse_sharded(model)
     held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     # What was computed with gradients, as by weight_norm, cannot be copied with them.
@@ -328,13 +368,27 @@ def _copy(model: nn.Module, layers: Layers) -> nn.Module:
     with read_lock, without_hooks(model):
         copy = deepcopy(model, detached)
     restore_methods(copy)
-    check_affinity(copy, layers)  # refuses here what it would in the first step
-    trials[model] = trial_of(copy)
-    trials[copy] = trials[model]._replace(size=0)  # which nobody changes
     return copy
 
 
-def _affinity(model: nn.Module, images: Tensor, dtypes: Sequence[torch.dtype], layers: Layers) -> Tensor:
+def _problem(model: nn.Module, layers: Layers, stride: int = 1) -> Exception | None:
+    """Why a model cannot be read so, tried on a picture where a stride asks for it."""
+    try:
+        check_affinity(model, layers)
+        if stride > 1:
+            weight = next(weight for weight in model.parameters() if weight.is_floating_point())
+            with untouched(model):
+                picture = torch.rand(1, *trial_of(model).pictures[1:]).to(weight)
+                if leaves_enough(patch_grid(model, picture), stride):
+                    _affinity(model, picture, [tensor.dtype for tensor in tensors_of(model)], layers, stride)
+    except Exception as error:
+        if is_fatal(error):
+            raise
+        return error
+    return None
+
+
+def _affinity(model: nn.Module, images: Tensor, dtypes: Sequence[torch.dtype], layers: Layers, stride: int) -> Tensor:
     """The affinity of images, while the tensors of a model, and images, have these dtypes."""
     tensors = tensors_of(model)
     floats = {dtype for dtype in dtypes[: len([*model.parameters()])] if dtype.is_floating_point}
@@ -343,7 +397,9 @@ def _affinity(model: nn.Module, images: Tensor, dtypes: Sequence[torch.dtype], l
     try:
         for tensor, data, dtype in cast_ones:
             tensor.data = data.to(dtype)
-        return token_affinity(model, images) if isinstance(layers, str) else attention_affinity(model, images, layers)
+        if layers == "tokens":
+            return token_affinity(model, images, stride)
+        return attention_affinity(model, images, cast(Any, layers), stride)
     finally:
         for tensor, data, _ in cast_ones:
             tensor.data = data

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..grid import every
 from .average import refuse_sharded, without_weights
 from .encoder import all_patches, encode, encoder_of, entry_of, image_size, is_fatal, read_lock, untouched
 from .patch_grid import Pair, PatchGridError, patch_embedding, patch_grid, patch_layout
@@ -79,7 +80,7 @@ def _try(model: nn.Module, images: Tensor | None) -> Trial:
         hidden = masked[0].shape[1] - max(1, masked[0].shape[1] // 2)
         ran = [module for module in ran if shapes.get(module) == shapes.get(ran[0])]
     elif has_decoder:  # the encoder is the list of blocks that images come to first
-        ran = [module for module in ran if _blocks_of(model, found[module]) == _blocks_of(model, found[ran[0]])]
+        ran = [module for module in ran if _list_of(model, found[module]) == _list_of(model, found[ran[0]])]
     seen = [(found[module], shapes.get(module)) for module in ran]
     whole = {name: shape and (*shape[:-2], shape[-2] + hidden, shape[-1] + hidden) for name, shape in seen}
     tokens = given[0].shape[1] + hidden if given else None
@@ -175,9 +176,9 @@ def tokens_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return given if getattr(module, "batch_first", True) else [value.transpose(0, 1) for value in given]
 
 
-def prefix_length(model: nn.Module, images: Tensor, tokens: int) -> int:
+def prefix_length(model: nn.Module, images: Tensor, tokens: int, stride: int = 1) -> int:
     """How many of the tokens of images (class, register, ...) come before the patches, where that can be told."""
-    (height, width), trial = patch_grid(model, images), trial_of(model, images)
+    (height, width), trial = (len(every(side, stride)) for side in patch_grid(model, images)), trial_of(model, images)
     prefix = tokens - height * width
     attends = f"{type(model).__name__} attends over {tokens} tokens"
     patches = f"{height} x {width} patches of images of shape {list(images.shape)}"
@@ -204,10 +205,10 @@ def check_shape(shape: Shape, before: Shape | None) -> None:
 
 
 def check_affinity(model: nn.Module, layers: Sequence[int] | str | None) -> None:
-    """Refuse a model of which `layers`, or "tokens", could not be read in training, by what its trial told."""
-    attention, trial = attention_modules(model, None if isinstance(layers, str) else layers), trial_of(model)
+    """Refuse a model of which `layers`, "middle" or "tokens", could not be read in training, by what its trial told."""
+    attention, trial = attention_modules(model, None if layers == "tokens" else layers), trial_of(model)
     tokens, before = trial.tokens, None
-    for name, _ in () if isinstance(layers, str) else attention:
+    for name, _ in () if layers == "tokens" else attention:
         shape = trial.shapes[name]
         if shape is None:
             raise RuntimeError(not_found(model, f"took no softmax attention in {name}"))
@@ -233,15 +234,19 @@ def check_patches(model: nn.Module) -> None:
 
 
 def attention_modules(
-    model: nn.Module, layers: Sequence[int] | None = None, images: Tensor | None = None
+    model: nn.Module, layers: Sequence[int] | str | None = None, images: Tensor | None = None
 ) -> list[tuple[str, nn.Module]]:
-    """The encoder's attention modules by name, without those of a decoder or pooling head; or `layers` of them."""
+    """The encoder's attention modules by name, without those of a decoder or pooling head; or `layers` of them.
+
+    "middle" are those of neither the first nor the last third of the layers.
+    """
     names = list(trial_of(model, images).shapes)
     if not names:
         raise RuntimeError(not_found(model, f"has no attention module, which is one with `{'` or `'.join(HEADS)}`"))
     if isinstance(layers, int) or (layers is not None and not len(layers)):
         raise ValueError(f"layers={layers} must be a list of at least one layer, such as [0, 1]")
     count = len(names)
+    layers = range(count // 3, count - count // 3) if isinstance(layers, str) else layers
     if bad := [layer for layer in layers or () if not -count <= layer < count]:
         raise ValueError(f"layer {bad[0]} does not exist: the model has {count} attention layers, 0..{count - 1}")
     wanted = names if layers is None else [names[layer] for layer in layers]
@@ -257,12 +262,21 @@ def _all_attention(model: nn.Module) -> dict[nn.Module, str]:
     return {module: name for module, name in found.items() if len(found.keys() & set(module.modules())) == 1}
 
 
-def _blocks_of(model: nn.Module, name: str) -> str | None:
+def _list_of(model: nn.Module, name: str) -> str | None:
     """The name of the outermost list that a module is in."""
     parts = name.split(".")
     owners = (".".join(parts[:end]) for end in range(len(parts)))
     lists = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
     return next((owner for owner in owners if isinstance(model.get_submodule(owner), lists)), None)
+
+
+def blocks_of(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The blocks, which are members of a list, that modules of these names are in; an error where they are in none."""
+    if None in (lists := [_list_of(model, name) for name in names]):
+        raise ValueError(f"{type(model).__name__} has no list of blocks, where patches could be left out")
+    places = zip(cast(list[str], lists), names, strict=True)
+    found = (".".join(name.split(".")[: owner.count(".") + 1 + bool(owner)]) for owner, name in places)
+    return [model.get_submodule(name) for name in dict.fromkeys(found)]
 
 
 def not_found(model: nn.Module, what: str) -> str:
