@@ -13,21 +13,13 @@ from .patch_grid import Pair, patch_grid
 from .trial import attention_modules, blocks_of, trial_of
 
 
+def check_stride(stride: Any) -> None:
+    check_whole("stride", stride, 1, "how far apart the patches are that are read, 1 for all of them")
+
+
 def leaves_enough(grid: Pair, stride: int) -> bool:
     """Whether two patches stay along each side that has as many."""
     return all(len(every(side, stride)) >= min(side, 2) for side in grid)
-
-
-def strided(grid: Pair, stride: int) -> Pair:
-    """How many of the patches every `stride`-th one in each direction are; a ValueError where that is no grid."""
-    check_whole("stride", stride, 1, "how far apart the patches are that are read, 1 for all of them")
-    height, width = (len(every(side, stride)) for side in grid)
-    if not leaves_enough(grid, stride):
-        raise ValueError(
-            f"stride={stride} leaves {height} x {width} of {grid[0]} x {grid[1]} patches, and 2 x 2 are needed: pass "
-            "stride=1, or larger images"
-        )
-    return height, width
 
 
 @contextmanager
@@ -37,11 +29,17 @@ def every_few_patches(model: nn.Module, images: Tensor, stride: int) -> Iterator
     Positions that are added before the blocks stay with their patches, and so do rotary ones that blocks are given.
     Positions that blocks know of themselves, as those of BEiT, do not fit: then the model raises its own error.
     """
+    check_stride(stride)
     if stride == 1:
         yield
         return
     grid = patch_grid(model, images)
-    strided(grid, stride)
+    if not leaves_enough(grid, stride):
+        left = " x ".join(str(len(every(side, stride))) for side in grid)
+        raise ValueError(
+            f"stride={stride} leaves {left} of {grid[0]} x {grid[1]} patches, and 2 x 2 are needed: pass stride=1, or "
+            "larger images"
+        )
     count, prefixes = grid[0] * grid[1], {0, *trial_of(model).prefixes}
     rows, columns = (torch.tensor(every(side, stride), device=images.device) for side in grid)
     kept = (rows[:, None] * grid[1] + columns).flatten()

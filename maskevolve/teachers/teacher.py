@@ -22,7 +22,7 @@ from .average import move_average, refuse_sharded, tensors_of, unwrap
 from .encoder import is_fatal, read_lock, untouched, without_hooks
 from .host_method import restore_methods
 from .patch_grid import patch_grid, whole_patches
-from .stride import leaves_enough, strided
+from .stride import check_stride, leaves_enough
 from .trial import check_affinity, trial_of, trials
 
 Layers = Sequence[int] | Literal["middle", "tokens"] | None
@@ -48,7 +48,7 @@ class _Teacher(nn.Module):
             must = '"middle", "tokens", a list of attention layers, or None for all of them'
             raise ValueError(f"layers={layers!r} must be {must}")
         if stride is not None:
-            strided((1, 1), stride)
+            check_stride(stride)
         if not isinstance(partitioner, nn.Module):
             raise TypeError(f"partitioner={partitioner!r} must be an instance, such as GraphCutPartitioner()")
         pair = isinstance(num_parts, (tuple, list)) and len(num_parts) == 2
