@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from scipy.ndimage import label as pieces
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -32,38 +33,60 @@ class Segmented(NamedTuple):
 
     name: str
     image: Tensor
-    """[3, size, size] floats in [0, 1], the middle square."""
+    """[3, height, width] floats in [0, 1]."""
     people: list[Labels]
-    """[size, size] a person; UNLABELLED where nobody said."""
+    """[height, width] a person; UNLABELLED where nobody said."""
 
 
-def read_folder(folder: Path, size: int) -> list[Segmented]:
-    """Every picture of a folder that has a label map, in the order of their names; see above."""
-    found = [read(path, size) for path in sorted(folder.glob("*.jpg"))]
+def read_folder(folder: Path, short_side: int, by_piece: bool = False) -> list[Segmented]:
+    """Every picture of a folder that has a label map, in the order of their names; see above.
+
+    Args:
+        folder: where they lie.
+        short_side: of each picture, in pixels; the other side is as long where not all have one shape.
+        by_piece: whether each connected piece of a label is a label of its own.
+    """
+    paths = sorted(folder.glob("*.jpg"))
+    shapes = {Image.open(path).size for path in paths}
+    size = [short_side, short_side]
+    if len(shapes) == 1:  # in steps of a patch
+        width, height = shapes.pop()
+        size = [round(side / min(width, height) * 16) * short_side // 16 for side in (height, width)]
+    found = [read(path, size, by_piece) for path in paths]
     found = [picture for picture in found if picture.people]
     if not found:
         raise SystemExit(f"{folder} holds no NAME.jpg with a NAME.png or NAME_a0.png beside it")
     return found
 
 
-def read(path: Path, size: int) -> Segmented:
+def read(path: Path, size: list[int], by_piece: bool = False) -> Segmented:
     with Image.open(path) as file:
         image = v2.functional.pil_to_tensor(file.convert("RGB"))
-    square = [min(image.shape[1:])] * 2
-    image = v2.functional.resize(v2.functional.center_crop(image, square), [size, size], antialias=True)
-    people = [read_labels(one, square, size) for one in sorted(path.parent.glob(f"{path.stem}_a*.png"))]
+    crop = [min(image.shape[1:])] * 2 if size[0] == size[1] else list(image.shape[1:])
+    image = v2.functional.resize(v2.functional.center_crop(image, crop), size, antialias=True)
+    people = [read_labels(one, crop, size) for one in sorted(path.parent.glob(f"{path.stem}_a*.png"))]
     if path.with_suffix(".png").exists():
-        labels = read_labels(path.with_suffix(".png"), square, size)
+        labels = read_labels(path.with_suffix(".png"), crop, size)
         people.append(np.where(labels == 0, UNLABELLED, labels))
-    people = [labels for labels in people if (labels != UNLABELLED).any()]
+    people = [number_pieces(labels) if by_piece else labels for labels in people if (labels != UNLABELLED).any()]
     return Segmented(path.stem, image.float() / 255, people)
 
 
-def read_labels(path: Path, square: list[int], size: int) -> Labels:
+def read_labels(path: Path, crop: list[int], size: list[int]) -> Labels:
     with Image.open(path) as file:
         labels = torch.from_numpy(np.array(file).astype(np.int64))[None]
-    labels = v2.functional.center_crop(labels, square)
-    return v2.functional.resize(labels, [size, size], v2.InterpolationMode.NEAREST_EXACT)[0].numpy()
+    labels = v2.functional.center_crop(labels, crop)
+    return v2.functional.resize(labels, size, v2.InterpolationMode.NEAREST_EXACT)[0].numpy()
+
+
+def number_pieces(labels: Labels) -> Labels:
+    """Each connected piece of a label, corners joined, under a number of its own."""
+    numbered, count = np.full_like(labels, UNLABELLED), 0
+    for value in np.unique(labels[labels != UNLABELLED]):
+        found, more = pieces(labels == value, np.ones((3, 3)))
+        numbered = np.where(found > 0, found + count, numbered)
+        count += more
+    return numbered
 
 
 def agreement(parts: Labels, people: Sequence[Labels], grid: tuple[int, int] | None = None) -> dict[str, list[float]]:

@@ -30,10 +30,11 @@ MODELS = {  # image size, patch size, width, depth, heads, depth of the decoder
     "small": (96, 8, 128, 6, 4, 2),
     "base": (224, 16, 768, 12, 12, 8),
 }
-LAYERS = {  # that the teacher reads
-    "evolving": "tokens",  # the default: tokens before the first block
-    "evolving, attention of the first layer": [0],
-    "evolving, attention of all layers": None,
+READ = {  # layers, and the stride of the patches, that the teacher reads
+    "evolving": ("middle", 2),  # the default
+    "evolving, tokens before the first block": ("tokens", 1),
+    "evolving, attention of the middle, all patches": ("middle", 1),
+    "evolving, attention of all layers": (None, 1),
 }
 PUBLISHED = "published: all layers unfused, EM"
 
@@ -85,17 +86,17 @@ def steps(size: tuple[int, ...], images: Tensor) -> dict[str, Callable[[], None]
     def evolving() -> Step:
         return Step(size, EvolvingMask(100).set_epoch(50), images)
 
-    def taught(layers: Any, swap_precision: bool = False) -> Step:
+    def taught(read: tuple[Any, int], swap_precision: bool = False) -> Step:
         step = evolving()
         step.teacher_in_bfloat16 ^= swap_precision
-        options = {"total_epochs": 100, "layers": layers}
+        options = {"total_epochs": 100, "layers": read[0], "stride": read[1]}
         return step.teach(PartTeacher(step.model.encoder, GraphCutPartitioner(), **options).set_epoch(50))
 
     published = evolving()
     return {
         RANDOM: Step(size, RandomMask(), images),
-        **{name: taught(layers) for name, layers in LAYERS.items()},
-        f"evolving, teacher in {'float32' if images.is_cuda else 'bfloat16'}": taught("tokens", True),
+        **{name: taught(read) for name, read in READ.items()},
+        f"evolving, teacher in {'float32' if images.is_cuda else 'bfloat16'}": taught(READ["evolving"], True),
         PUBLISHED: published.teach(Published(published.model.encoder)),
     }
 
@@ -112,11 +113,14 @@ def arithmetic(size: tuple[int, ...]) -> dict[str, float]:
     images = torch.randn(1, 3, size[0], size[0])
     step = count(lambda: model(images, 0.75, None)[0].backward())
 
-    def read(layers: Any) -> Tensor:
-        return token_affinity(encoder, images) if layers == "tokens" else attention_affinity(encoder, images, layers)
+    def read(layers: Any, stride: int) -> Tensor:
+        if layers == "tokens":
+            return token_affinity(encoder, images, stride)
+        return attention_affinity(encoder, images, layers, stride)
 
     encoder = model.encoder
-    ratios = {name: 1 + count(lambda layers=layers: read(layers)) / step for name, layers in LAYERS.items()}
+    attention_modules(encoder)  # which tries the model, once
+    ratios = {name: 1 + count(lambda way=way: read(*way)) / step for name, way in READ.items()}
     return {RANDOM: 1.0, **ratios, PUBLISHED: ratios["evolving, attention of all layers"]}
 
 
