@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from .attention_mode import AttentionMode
 from .encoder import all_patches, encode, read_lock
-from .softmax import AttentionMode
 from .stride import every_few_patches
-from .trial import Done, attention_modules, check_shape, not_found, prefix_length, tokens_in
+from .trial import Done, attention_modules, check_shape, not_found, prefix_length
 
 
 @torch.no_grad()
@@ -20,9 +20,8 @@ def attention_affinity(
     """Mean softmax attention between patches, over heads and layers; prefix tokens (class, register, ...) are dropped.
 
     Args:
-        model: a ViT of timm or one built alike, an MAE (anything with `forward_encoder` and `random_masking`), a ViT or
-            ViTMAE of Hugging Face, or a ViT of torchvision; masking is off here. Runs in the mode it is in: call
-            ``model.eval()`` first for a teacher.
+        model: a ViT of timm, torchvision or Hugging Face or one built alike, or an MAE, whose masking is off here. It
+            runs in the mode it is in: call ``model.eval()`` first for a teacher.
         images: what the model takes, [B, C, height, width] in pixels.
         layers: which attention layers, counted from 0 or, below 0, from the end; "middle", those of the middle third;
             all where None. Those after the last one that is wanted do not run.
@@ -58,12 +57,11 @@ def reading(
 
     Args:
         model: see `attention_affinity`, but it masks if it does. Not compiled: what torch.compile fused is not seen.
-        layers: which attention layers, counted from 0 or, below 0, from the end; all where None.
+        layers: see `attention_affinity`.
 
     Yields:
         Callable: from the images of that pass, [B, C, height, width], to what `attention_affinity` returns for them,
-        [B, N, N] float32, without gradient. It may be called in the context or after it. Each forward pass starts anew:
-        of several, the last one counts.
+        [B, N, N] float32, without gradient. Call it in the context or after it. Of several passes, the last one counts.
 
     Raises:
         ValueError: where a layer does not exist; by the function, where the images are no such batch or patches were
@@ -89,7 +87,7 @@ def _reading(
     names = {module: name for name, module in layers}
     left, total = dict(names), None
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(module: nn.Module, tokens: list[Tensor]) -> None:
         nonlocal left, total
         if module not in left:  # another pass
             left, total = dict(names), None
@@ -109,14 +107,12 @@ def _reading(
         if total is None or left:
             raise RuntimeError(not_found(model, f"took no softmax attention in {', '.join(left.values())}"))
         if len(total) != len(images):
-            raise ValueError(
-                f"attention of {len(total)} images was read last, but images has shape {list(images.shape)}: give the "
-                "images of the last pass"
-            )
+            given = f"but images has shape {list(images.shape)}: give the images of the last pass"
+            raise ValueError(f"attention of {len(total)} images was read last, {given}")
         prefix = prefix_length(model, images, total.shape[1], stride)
         return total[:, prefix:, prefix:] / len(names)
 
-    with AttentionMode(names, enter, take).hooked():
+    with AttentionMode(names, enter, take):
         yield affinity
 
 
@@ -124,9 +120,8 @@ def _reading(
 def token_affinity(model: nn.Module, images: Tensor, stride: int = 1) -> Tensor:
     """Cosine similarity of the patches' tokens where the first attention layer reads them, less their mean.
 
-    So it needs the patch embedding and the first norm, and no block of the model. For a small MAE, parts that were cut
-    from it agreed with people's on BSDS500 val within 0.02 of the best source at every stage of training: see
-    benchmarks/teachers.py.
+    So no block of the model is run. For a small MAE, parts that were cut from it agreed with people's on BSDS500 val
+    within 0.02 of the best source at every stage of training: see benchmarks/teachers.py.
 
     Args:
         model: see `attention_affinity`.
@@ -148,12 +143,12 @@ def token_affinity(model: nn.Module, images: Tensor, stride: int = 1) -> Tensor:
     name, first = attention_modules(model, images=images)[0]
     read: list[Tensor] = []
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        read.extend(tokens_in(module, args, kwargs))
+    def enter(module: nn.Module, tokens: list[Tensor]) -> None:
+        read.extend(tokens)
         raise Done
 
     mode, fewer = AttentionMode([first], enter, lambda *_: None), every_few_patches(model, images, stride)
-    with read_lock, all_patches(model), fewer, suppress(Done), mode.hooked():
+    with read_lock, all_patches(model), fewer, suppress(Done), mode:
         encode(model, images)
     if not read:
         raise RuntimeError(not_found(model, f"gave no tokens, [B, tokens, width], to {name}"))

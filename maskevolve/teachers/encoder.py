@@ -23,10 +23,9 @@ _results: WeakKeyDictionary[nn.Module, tuple[Result, ...]] = WeakKeyDictionary()
 
 def is_fatal(error: BaseException) -> bool:
     """Whether an error says that memory ran out, or ends the program: such a one is never turned into another."""
-    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or not isinstance(error, Exception):
-        return True
     texts = ("out of memory", "allocate memory", "not enough memory")
-    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
+    says_so = isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
+    return says_so or isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or not isinstance(error, Exception)
 
 
 def encoder_of(model: nn.Module) -> Any:
@@ -51,13 +50,14 @@ def entry_of(model: nn.Module) -> tuple[nn.Module, str]:
 def encode(model: nn.Module, images: Tensor) -> None:
     """Run the encoder or, where the model has no name for it, the model."""
     encoder, name = entry_of(model)
-    if name != "forward":
-        getattr(encoder, name)(images, *([0.0] if name == "forward_encoder" else []))
-        return
-    # Only where it must: at its own size, Hugging Face's interpolation refuses images that are not square.
-    can_resize = "interpolate_pos_encoding" in signature(encoder.forward).parameters
-    resize = can_resize and image_size(model) != images.shape[-2:]
-    encoder(images, **({"interpolate_pos_encoding": True} if resize else {}))
+    run: Any = encoder if name == "forward" else getattr(encoder, name)
+    if name == "forward_encoder":
+        run(images, 0.0)
+    elif name == "forward" and "interpolate_pos_encoding" in signature(encoder.forward).parameters:
+        # Not at its own size, where Hugging Face's interpolation refuses images that are not square.
+        run(images, interpolate_pos_encoding=image_size(model) != images.shape[-2:])
+    else:
+        run(images)
 
 
 def image_size(model: nn.Module) -> tuple[int, ...] | None:
@@ -77,10 +77,9 @@ def all_patches(model: nn.Module, share: float = 1.0) -> Iterator[list[Tensor]]:
         yield asked
         return
     before, own = vars(owner).get(name), host_method(owner, name)
-    first = next(iter(signature(own).parameters))
 
     def keep_all(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        x = args[0] if args else kwargs[first]
+        x: Tensor = args[0] if args else kwargs[next(iter(signature(own).parameters))]
         asked.append(x)
         if owner not in _results:
             _results[owner] = learn_results(lambda: own(*args, **kwargs), x)
@@ -103,10 +102,10 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     every: list[dict[int, Any]] = [vars(module)[kind] for module in model.modules() for kind in kinds]
     taken = [(hooks, dict(hooks), {key for key in hooks if not _is_needed(hooks[key])}) for hooks in every if hooks]
-    for hooks, _, users in taken:
-        for key in users:
-            del hooks[key]
     try:
+        for hooks, _, users in taken:
+            for key in users:
+                del hooks[key]
         yield
     finally:
         for hooks, before, users in taken:

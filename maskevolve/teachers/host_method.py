@@ -1,7 +1,5 @@
 """Methods of somebody's model, replaced on the instance: copies and pickles of the model keep the replacement."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from inspect import getattr_static, signature
@@ -9,21 +7,17 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["host_method", "is_replaced", "replace_method", "restore_method", "restore_methods"]
-
+# Called with the evolution, the module, the module's own method and the arguments of the call.
 Handler = Callable[..., Any]
-"""Called with the evolution, the module, the module's own method and the arguments of the call."""
 
 
 def replace_method(owner: nn.Module, name: str, evolution: Any, handler: Handler) -> None:
     """Let `handler` answer calls of a method of a module, until `restore_method`.
 
-    The replacement holds its module as an argument and not in a closure, so that a deep copy of the module runs its
-    own weights and a pickled module can be loaded; for that, `handler` must be a function of a module or a `partial`
-    of one.
+    The replacement holds its module as an argument, not in a closure, so that a deep copy runs its own weights and the
+    module can be pickled; for that, `handler` must be a function of a module or a `partial` of one.
     """
-    before = vars(owner).get(name)
-    own = host_method(owner, name)
+    before, own = vars(owner).get(name), host_method(owner, name)
     if before is None and isinstance(getattr_static(type(owner), name), staticmethod):
         before = own
     method = partial(_call, owner, evolution, name, before, handler)
@@ -44,7 +38,7 @@ def restore_method(owner: nn.Module, name: str) -> None:
 def restore_methods(model: nn.Module) -> None:
     """Give all modules of a copy of a model their own methods back."""
     for module in model.modules():
-        for name in [name for name, value in vars(module).items() if is_replaced(value)]:
+        for name in list(vars(module)):
             restore_method(module, name)
 
 

@@ -27,9 +27,8 @@ def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
 
     It follows from the stride of the convolution in the embedding. Where there are several or none, or `patch_size` is
     neither its kernel nor its stride, it follows from `patch_size`. A frame of a video, [B, C, 1, height, width], is an
-    image, too, where a patch of the model is one frame deep. Where the model has no patch size, patches of one or three
-    dimensions, or several patch embeddings, it raises a PatchGridError; for images of another shape, or smaller than a
-    patch, a ValueError.
+    image, too. Raises a PatchGridError where the model has no patch size, patches of one or three dimensions, or
+    several patch embeddings; a ValueError for images of another shape, or smaller than a patch.
 
     Examples:
         >>> import timm, torch
@@ -44,8 +43,7 @@ def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
         for size, kernel, stride, padding in zip(shape[-2:], layout.kernel, layout.stride, layout.padding, strict=True)
     )
     if min(rows, columns) < 1:
-        size = f"{layout.kernel[0]} x {layout.kernel[1]}"
-        raise ValueError(f"images of shape {shape} have no whole patch of {size} pixels: make them larger")
+        raise ValueError(f"images of shape {shape} have no whole patch of {layout.kernel} pixels: make them larger")
     return rows, columns
 
 
@@ -66,7 +64,7 @@ def patch_embedding(model: nn.Module) -> Any:
     """What lays out the patches: `patch_embed`, the first module with a patch size, or the first convolution."""
     named = getattr(model, "patch_embed", None)
     several = isinstance(named, nn.ModuleList | nn.ModuleDict)
-    if isinstance(named, nn.Module) and (several or _has_patch_size(named) or _convolution(named)):
+    if several or (isinstance(named, nn.Module) and (_has_patch_size(named) or _convolution(named))):
         return named
     sized = (module for module in model.modules() if _has_patch_size(module))
     return next(sized, next((module for module in model.modules() if isinstance(module, CONVOLUTIONS)), None))
@@ -76,15 +74,11 @@ def patch_layout(model: nn.Module) -> _Layout:
     """How the patch embedding of a model lays out patches; see `patch_grid`."""
     embed = patch_embedding(model)
     if embed is None:
-        raise PatchGridError(
-            f"{type(model).__name__} has no patch_embed.patch_size (in pixels) and no convolution, which tell the "
-            "patch grid: set it, as in model.patch_embed.patch_size = 16"
-        )
+        without = f"{type(model).__name__} has no patch_embed.patch_size and no convolution, which tell the patch grid"
+        raise PatchGridError(f"{without}: set it, in pixels, as in model.patch_embed.patch_size = 16")
     if isinstance(embed, nn.ModuleList | nn.ModuleDict):
-        raise PatchGridError(
-            f"{type(model).__name__}.patch_embed is a {type(embed).__name__} of {len(embed)} embeddings, but a patch "
-            "grid is that of whole images: use a model that embeds these, or a function from images to labels"
-        )
+        several = f"{type(model).__name__}.patch_embed is a {type(embed).__name__} of {len(embed)} embeddings"
+        raise PatchGridError(f"{several}: use a model that embeds whole images, or a function from images to labels")
     is_padded = bool(getattr(embed, "dynamic_img_pad", False))
     size = _two(model, embed, embed.patch_size) if _has_patch_size(embed) else None
     if (convolution := _convolution(embed)) is not None:
@@ -121,8 +115,6 @@ def _two(model: nn.Module, embed: Any, size: Any) -> Pair:
     sides = as_sides(size)
     sides = sides[1:] if len(sides) == 3 and sides[0] <= 1 else sides
     if len(sides) != 2:
-        raise PatchGridError(
-            f"{type(model).__name__} has patches of {len(sides)} dimensions ({type(embed).__name__}, {size}), but a "
-            "patch grid has two: use a mask that needs no grid, such as RandomMask(), or PartMask() with parts [B, N]"
-        )
+        has = f"{type(model).__name__} has patches of {len(sides)} dimensions ({type(embed).__name__}, {size}), not two"
+        raise PatchGridError(f"{has}: use a mask that needs no grid: RandomMask(), or PartMask() with parts [B, N]")
     return sides[0], sides[1]

@@ -4,8 +4,6 @@ MAE's takes (x, mask_ratio) and returns (visible, mask, ids_restore). Its descen
 the same in another order: ids_keep in the fourth or in the first place, a mask that is 1 where a patch stays.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from inspect import Parameter, signature
 from typing import Any, NamedTuple
@@ -14,8 +12,6 @@ import torch
 from torch import Tensor
 
 from ..masks import MaskedPatches
-
-__all__ = ["CallSpec", "Result", "UnknownResultsError", "arrange", "call_spec", "learn_results", "read_call"]
 
 
 class UnknownResultsError(TypeError):
@@ -27,8 +23,7 @@ class Result(NamedTuple):
 
     name: str
     dtype: torch.dtype
-    kept: int | None = None
-    """Of a mask, how many patches it has as kept, where these are more than the visible ones, as in CrossMAE."""
+    kept: int | None = None  # of a mask: how many patches it keeps, where more than are visible, as in CrossMAE
 
 
 class CallSpec(NamedTuple):
@@ -40,20 +35,14 @@ class CallSpec(NamedTuple):
 
 
 def call_spec(method: Callable[..., Any]) -> CallSpec:
-    """How the model's own `random_masking`, bound to it, is called.
-
-    Raises:
-        TypeError: where it has no argument for the mask ratio.
-    """
+    """How a `random_masking`, bound to its model, is called; a TypeError where it takes no mask ratio."""
     parameters = [each for each in signature(method).parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
     # Named so, or MAE's second argument under another name.
     ratios = [each.name for each in parameters if "ratio" in each.name]
     ratios += [each.name for each in parameters[1:2] if each.default is not None]
     if not ratios:
-        raise TypeError(
-            f"random_masking{signature(method)} has no argument for the mask ratio: let it take (x, mask_ratio), as "
-            "MAE's does"
-        )
+        should = "has no argument for the mask ratio: let it take (x, mask_ratio), as MAE's does"
+        raise TypeError(f"random_masking{signature(method)} {should}")
     defaults = {each.name: each.default for each in parameters if each.default is not Parameter.empty}
     return CallSpec([each.name for each in parameters], ratios[0], defaults)
 
@@ -62,11 +51,8 @@ def read_call(spec: CallSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """The patches, the mask ratio, and the further arguments whose value is not their default, by name."""
     given = {**spec.defaults, **dict(zip(spec.names, args, strict=False)), **kwargs}
     x, mask_ratio = given.pop(spec.names[0]), given.pop(spec.ratio)
-    return (
-        x,
-        mask_ratio,
-        {name: value for name, value in given.items() if not _is(value, spec.defaults.get(name, spec))},
-    )
+    others = {name: value for name, value in given.items() if not _is(value, spec.defaults.get(name, spec))}
+    return x, mask_ratio, others
 
 
 def _is(value: Any, default: Any) -> bool:
@@ -95,15 +81,15 @@ def learn_results(call: Callable[[], Any], x: Tensor) -> tuple[Result, ...]:
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
         returned = call()
     values = returned if isinstance(returned, tuple | list) else (returned,)
-    orders = [value for value in values if isinstance(value, Tensor) and value.dtype == torch.int64]
-    for order in orders:
-        for ids_restore in (order, order.argsort(1)) if order.shape == x.shape[:2] else ():
-            results = [result for value in values if (result := _recognise(value, x, ids_restore))]
-            names = {result.name for result in results}
-            # Which of these two it is, the other values tell.
-            if len(results) == len(values) and names - {"ids_restore", "ids_shuffle"}:
-                visible = {value.shape[1] for value in values if value.ndim == 3}
-                return tuple(each._replace(kept=None) if {each.kept} == visible else each for each in results)
+    orders = [
+        each for each in values if isinstance(each, Tensor) and (each.dtype, each.shape) == (torch.int64, x.shape[:2])
+    ]
+    for ids_restore in [either for each in orders for either in (each, each.argsort(1))]:
+        results = [result for value in values if (result := _recognise(value, x, ids_restore))]
+        # Which of these two it is, the other values tell.
+        if len(results) == len(values) and {each.name for each in results} - {"ids_restore", "ids_shuffle"}:
+            visible = {value.shape[1] for value in values if value.ndim == 3}
+            return tuple(each._replace(kept=None) if {each.kept} == visible else each for each in results)
     shapes = [list(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values]
     raise UnknownResultsError(
         f"random_masking of patches {list(x.shape)} returns {shapes}. Known are, in any order, the visible patches, "
@@ -117,31 +103,31 @@ def _recognise(value: Any, x: Tensor, ids_restore: Tensor) -> Result | None:
     if not isinstance(value, Tensor) or value.ndim < 2:
         return None
     # How many patches are kept, by the shape or, of a mask, by its zeros or its ones.
-    zeros = int((value[0] == 0).sum())
-    counts = {value.shape[1], x.shape[1] - value.shape[1], zeros, x.shape[1] - zeros} & set(range(1, x.shape[1] + 1))
-    for kept in sorted(counts, reverse=True):
-        visible = x.gather(1, ids_restore.argsort(1)[:, :kept, None].expand(-1, -1, x.shape[2]))
-        known = _values(MaskedPatches(visible, (ids_restore >= kept).float(), ids_restore), kept)
+    zeros, number = int((value[0] == 0).sum()), x.shape[1]
+    for kept in sorted({value.shape[1], number - value.shape[1], zeros, number - zeros}, reverse=True):
+        if not 0 < kept <= number:
+            continue
+        visible = x.take_along_dim(ids_restore.argsort(1)[:, :kept, None], 1)
+        known = _known(MaskedPatches(visible, (ids_restore >= kept).float(), ids_restore))
         for name, make in known.items():
-            made = make()
-            if value.shape == made.shape and bool((value == made).all()):
+            if value.shape == (made := make()).shape and bool((value == made).all()):
                 return Result(name, value.dtype, kept if name in ("mask", "kept") else None)
     return None
 
 
 def arrange(masked: MaskedPatches, results: tuple[Result, ...]) -> tuple[Tensor, ...]:
-    """What a `random_masking` that returns `results` would return of a mask."""
-    values = (_values(masked, result.kept)[result.name]() for result in results)
-    # Patches stay in the dtype that they have now.
-    pairs = zip(values, results, strict=True)
-    return tuple(value if result.name == "visible" else value.to(result.dtype) for value, result in pairs)
+    """What a `random_masking` that returns `results` would return of a mask; patches stay in the dtype they have."""
+    returned = []
+    for name, dtype, kept in results:
+        known = _known(masked if kept is None else masked._replace(mask=(masked.ids_restore >= kept).float()))
+        returned.append(masked.visible if name == "visible" else known[name]().to(dtype))
+    return tuple(returned)
 
 
-def _values(masked: MaskedPatches, kept: int | None) -> dict[str, Callable[[], Tensor]]:
+def _known(masked: MaskedPatches) -> dict[str, Callable[[], Tensor]]:
     """All that is known to be returned."""
     visible, mask, ids_restore = masked
     keep = visible.shape[1]
-    mask = mask if kept is None else (ids_restore >= kept).float()
     return {
         "visible": lambda: visible,
         "mask": lambda: mask,

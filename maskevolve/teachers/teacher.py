@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from inspect import Parameter, signature
 from typing import Any, Literal, TypeVar, cast
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +29,13 @@ Layers = Sequence[int] | Literal["middle", "tokens"] | None
 NumParts = tuple[int, int] | Schedule
 Self = TypeVar("Self", bound="_Teacher")
 
-# The models that teachers were copied from, until the first update: neither copied nor saved with a teacher.
-_sources: WeakKeyDictionary[nn.Module, ref[nn.Module]] = WeakKeyDictionary()
-
 
 class _Teacher(nn.Module):
     """What both teachers do: read from a ViT what the patches of images have in common, and cut that into parts."""
 
     epoch: Tensor
     advice: str  # what to do where the model cannot read images
+    # For images: the model, the dtypes that its tensors have while it runs, and the images that it sees.
     _model_for: Callable[[Tensor], tuple[nn.Module, list[torch.dtype], Tensor]]
 
     def __init__(
@@ -73,10 +71,7 @@ class _Teacher(nn.Module):
         """Move to an epoch and return the teacher.
 
         Args:
-            epoch: counted from 0; fractions are progress within an epoch. Clamped to the training.
-
-        Warns:
-            UserWarning: once, where the epoch is below 0 or above total_epochs.
+            epoch: counted from 0, fractions included. Outside of 0 to total_epochs it is clamped, with one UserWarning.
         """
         self.num_parts = self._num_parts_in(epoch)
         warn_outside(self, epoch, self.total_epochs)
@@ -105,18 +100,17 @@ class _Teacher(nn.Module):
             ValueError: where images are of another shape, or of an integer type that the model does not take.
         """
         affinity, how = self._read(images)
-        own_grid = how["grid_size"]
         parts: Tensor = self.partitioner(affinity, self.num_parts, **how) if len(affinity) else affinity[:, :, 0].long()
-        if grid_size is None or grid_size == own_grid:
+        if grid_size is None or grid_size == how["grid_size"]:
             return parts
-        return parts_from_segmentation(parts.unflatten(1, own_grid), grid_size)
+        return parts_from_segmentation(parts.unflatten(1, how["grid_size"]), grid_size)
 
     @torch.no_grad()
     def hierarchy(self, images: Tensor) -> PartHierarchy:
         """Every nested partition of images up to the number of parts of this epoch, on the model's own grid.
 
         Args:
-            images: what the model takes, or its `transform`: [B, C, height, width] in pixels.
+            images: as for a call.
 
         Returns:
             PartHierarchy: ``.cut(K)`` is the partition into at most K parts.
@@ -133,7 +127,6 @@ class _Teacher(nn.Module):
         """The affinity [B, N, N] of images, and what else the partitioner is told."""
         check_tensor("images", images)
         with read_lock:
-            # The model, where images are, the dtypes that its tensors have while it runs, and the images that it sees.
             model, dtypes, images = self._model_for(images)
             grid = patch_grid(model, images)
             stride = self.stride if self.must_stride or leaves_enough(grid, self.stride) else 1
@@ -148,11 +141,9 @@ class _Teacher(nn.Module):
                 if is_fatal(error):
                     raise
                 dtype = f"images has dtype {images.dtype}: pass floats, such as images / 255, normalised"
-                whose = f"the {type(self).__name__}'s {type(model).__name__} cannot read"
-                raise ValueError(
-                    f"{whose} images of shape {list(images.shape)}: {str(error).rstrip('.')}. "
-                    f"{self.advice if images.is_floating_point() else dtype}"
-                ) from error
+                advice = self.advice if images.is_floating_point() else dtype
+                cannot = f"the {type(self).__name__}'s {type(model).__name__} cannot read images of shape"
+                raise ValueError(f"{cannot} {list(images.shape)}: {str(error).rstrip('.')}. {advice}") from error
 
     def _copy(self, model: nn.Module) -> nn.Module:
         """A copy of a model that can be read as this teacher does: refused here is what would be in the first step."""
@@ -194,20 +185,18 @@ class _Teacher(nn.Module):
 class PartTeacher(_Teacher):
     """An exponential moving average of a ViT, what its patches have in common, and a partitioner: images in, parts out.
 
-    It is a module of its own with its own `state_dict`: keep it beside the model, not in it, and save both. It never
-    trains: no gradients, always in eval mode. The average is kept in float32, whatever the dtype of the model and
-    whatever the teacher is cast to; its forward pass runs in the dtype of the model.
+    It has its own `state_dict`: keep it beside the model, not in it, and save both. It has no gradients and is always
+    in eval mode. The average stays in float32, whatever it is cast to, but runs in the dtype of the model.
 
     Args:
         model: the ViT or MAE that trains, or another one of its architecture, whose weights the average begins with; it
-            is copied. Before `fully_shard` or FullyShardedDataParallel, for sharded weights cannot be.
-        partitioner: GraphCutPartitioner() or EMPartitioner(), or any module with the call of either. One that takes
-            `images` gets them, too.
+            is copied, so build the teacher before `fully_shard` or FullyShardedDataParallel.
+        partitioner: GraphCutPartitioner() or EMPartitioner(), or any module called alike; it gets `images` if it takes
+            them.
         total_epochs: length of training, in epochs.
         num_parts: number of parts in the first and in the last epoch; it changes linearly. Or a function of progress,
             ``epoch / (total_epochs - 1)`` in [0, 1], to the number of parts; what it returns is rounded.
-        decay: of the moving average, for each update, in [0, 1]; short runs want less than 0.9999. At 1 no update
-            changes the average.
+        decay: of the moving average, for each update, in [0, 1]; short runs want less than 0.9999. At 1, none moves it.
         layers: what is read from the average: "middle", the attention of the middle third of its layers; None, that of
             all layers, the published way; a list, that of these, counted from 0 or, below 0, from the end; "tokens",
             the tokens before its first block (`token_affinity`), which cost least and know colours only. What comes
@@ -229,7 +218,7 @@ class PartTeacher(_Teacher):
     """
 
     advice = (
-        "Give it images as the model is trained with. Where the model was resized, as by set_input_size, resize "
+        "Give it images as the model is trained with. Where that was resized, as by set_input_size, resize "
         "teacher.model.module, too, or build a new PartTeacher(model, ...)"
     )
 
@@ -253,19 +242,19 @@ class PartTeacher(_Teacher):
         self._dtypes = [tensor.dtype for tensor in tensors_of(model)]
         self.model.requires_grad_(False).float()
         self._caught_up = False
+        self._source: Callable[[], nn.Module | None] = ref(model)  # until the first update
         self.eval()
-        _sources[self] = ref(model)
 
     def update(self, model: nn.Module) -> None:
         """Move the average towards `model`: call it after each optimizer step.
 
-        The first call copies the model where the teacher was built from it, as torch's AveragedModel does, for the
-        model may have loaded other weights since. Towards any other model, the average moves from the weights that it
-        was built with; so does that of a teacher that was copied or pickled before its first update.
+        The first call copies the model that the teacher was built from, as torch's AveragedModel does, for it may have
+        loaded other weights since. Towards any other model, the average moves from the weights that it was built with;
+        so does that of a teacher that was copied or pickled before its first update.
 
         Args:
-            model: the model that trains. Where it is sharded, its weights are gathered: call it on every rank, and give
-                it the outermost model of FullyShardedDataParallel.
+            model: the model that trains. A sharded one is gathered: call this on every rank, with the outermost model
+                of FullyShardedDataParallel.
 
         Raises:
             ValueError: where the model is of another architecture; the average has not changed then.
@@ -274,21 +263,19 @@ class PartTeacher(_Teacher):
             decay = 0 if self._source() is unwrap(model) else self.decay
             self._dtypes = move_average(self.model.module, model, decay)
         self.model.n_averaged += 1
-        _sources.pop(self, None)
+        self._source = _no_model
 
     def catch_up(self, model: nn.Module) -> None:
         """Copy `model` anew, once, where this was copied from it and has neither been updated nor loaded since.
 
-        For its weights may have changed without a step: to those of a checkpoint or, in DistributedDataParallel, to
-        those of the first rank, so that all ranks have the same teacher.
+        For its weights may have become those of a checkpoint or, in DistributedDataParallel, those of the first rank.
         """
         if not self._caught_up and self._source() is unwrap(model):
             self._dtypes = move_average(self.model.module, model, 0)
         self._caught_up = True
 
-    def _source(self) -> nn.Module | None:
-        source = _sources.get(self)
-        return None if source is None else source()
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_source": _no_model}  # neither copied nor saved with a teacher
 
     def _model_for(self, images: Tensor) -> tuple[nn.Module, list[torch.dtype], Tensor]:
         # The model that this was built from may have been cast since, until the first update.
@@ -300,9 +287,8 @@ class PartTeacher(_Teacher):
 class FrozenTeacher(_Teacher):
     """A pretrained ViT that is never updated, what its patches have in common, and a partitioner: images in, parts out.
 
-    Its architecture, its patches and its input need not be those of the model that trains. Its weights are neither in
-    its `state_dict` nor among its `parameters()`; it moves to the device of the images. For the source, see
-    `PartTeacher`.
+    Its architecture, patches and input need not be those of the model that trains. Its weights are neither in its
+    `state_dict` nor among its `parameters()`; it moves to the device of the images. For the source: `PartTeacher`.
 
     Args:
         model: any ViT that `PartTeacher` takes, such as one of DINOv2; it is copied, so that nothing can change it.
@@ -311,9 +297,8 @@ class FrozenTeacher(_Teacher):
         num_parts: as for `PartTeacher`.
         layers: as for `PartTeacher`.
         stride: as for `PartTeacher`.
-        transform: maps the images of the model that trains, [B, C, height, width] or of another shape, to those that
-            this model takes, as many, [B, C, height, width], such as by another size or normalisation. It must show the
-            same section of the images: no crops, no flips.
+        transform: maps the images of the model that trains, of any shape [B, ...], to those that this model takes,
+            [B, C, height, width], as by another size or normalisation. It shows the same section: no crops, no flips.
 
     Examples:
         >>> import timm
@@ -354,8 +339,8 @@ class FrozenTeacher(_Teacher):
         seen: Any = images if self.transform is None else self.transform(images)
         if not isinstance(seen, Tensor) or len(seen) != len(images):
             what = list(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__
-            should = f"for images of shape {list(images.shape)}, but must return [{len(images)}, C, height, width]"
-            raise ValueError(f"transform returned {what} {should}")
+            must = f"for images of shape {list(images.shape)}, but must return [{len(images)}, C, height, width]"
+            raise ValueError(f"transform returned {what} {must}")
         return self.model, [tensor.dtype for tensor in tensors_of(self.model)], seen
 
 
@@ -410,4 +395,8 @@ def _read_progress(teacher: Any, incompatible_keys: Any) -> None:
     teacher.set_epoch(float(teacher.epoch))
     teacher._caught_up = True
     if isinstance(teacher, PartTeacher) and int(teacher.model.n_averaged):
-        _sources.pop(teacher, None)
+        teacher._source = _no_model
+
+
+def _no_model() -> None:
+    """The source of a teacher that has none."""

@@ -3,17 +3,17 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..grid import every
+from .attention_mode import AttentionMode
 from .average import refuse_sharded, without_weights
 from .encoder import all_patches, encode, encoder_of, entry_of, image_size, is_fatal, read_lock, untouched
 from .patch_grid import Pair, PatchGridError, patch_embedding, patch_grid, patch_layout
-from .softmax import AttentionMode
 
 # An attention module is one that has its number of heads under one of these names.
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
@@ -60,15 +60,15 @@ def _try(model: nn.Module, images: Tensor | None) -> Trial:
         shapes: dict[nn.Module, Shape | None] = {}
         given: list[Tensor] = []
 
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given.extend(() if shapes else tokens_in(module, args, kwargs))
+        def enter(module: nn.Module, tokens: list[Tensor]) -> None:
+            given.extend(() if shapes else tokens)
             shapes.setdefault(module, None)
 
         def take(module: nn.Module, attention: Tensor) -> None:
             shapes[module] = tuple(attention.shape)
 
         # Without half of the patches, a decoder has more tokens than the encoder.
-        with AttentionMode(found, enter, take).hooked(), all_patches(model, 0.5 if has_decoder else 1.0) as masked:
+        with AttentionMode(found, enter, take), all_patches(model, 0.5 if has_decoder else 1.0) as masked:
             encode(model, pictures)
         return shapes, given, masked[:1]
 
@@ -81,16 +81,16 @@ def _try(model: nn.Module, images: Tensor | None) -> Trial:
         ran = [module for module in ran if shapes.get(module) == shapes.get(ran[0])]
     elif has_decoder:  # the encoder is the list of blocks that images come to first
         ran = [module for module in ran if _list_of(model, found[module]) == _list_of(model, found[ran[0]])]
-    seen = [(found[module], shapes.get(module)) for module in ran]
+    seen = ((found[module], shapes.get(module)) for module in ran)
     whole = {name: shape and (*shape[:-2], shape[-2] + hidden, shape[-1] + hidden) for name, shape in seen}
     tokens = given[0].shape[1] + hidden if given else None
     try:
-        grid = patch_grid(model, pictures)
-        problem = _problem(model, pictures, grid, masked, masked if hidden else masked + given)
+        rows, columns = patch_grid(model, pictures)
+        problem = _problem(model, pictures, (rows, columns), masked, masked if hidden else masked + given)
     except PatchGridError as error:
-        grid, problem = (1, 1), str(error)
-    counts = {tokens, *(shape[-1] for shape in whole.values() if shape)} - {None}
-    prefixes = {cast(int, count) - grid[0] * grid[1] for count in counts}
+        rows, columns, problem = 1, 1, str(error)
+    counts = [shape[-1] for shape in whole.values() if shape] + ([] if tokens is None else [tokens])
+    prefixes = {count - rows * columns for count in counts}
     return Trial(len([*model.modules()]), tuple(pictures.shape), whole, tokens, prefixes, problem)
 
 
@@ -111,8 +111,8 @@ def _problem(model: nn.Module, pictures: Tensor, grid: Pair, masked: list[Tensor
             if third and bool(each[:third].mean() < 2 * each[-third:].mean()):
                 return (
                     f"{should} where half of a picture changed, its {seen.shape[1]} tokens changed elsewhere, too: set "
-                    "model.patch_embed.patch_size to the distance of its patches in pixels. If it reorders tokens, as "
-                    "Hiera does, take a model that does not, or a function from images to labels"
+                    "model.patch_embed.patch_size (in pixels) or, if it reorders tokens, as Hiera does, take a model "
+                    "that does not, or a function from images to labels"
                 )
     return ""
 
@@ -135,24 +135,24 @@ def _try_pictures(model: nn.Module, run: Callable[[Tensor], T], images: Tensor |
     raise ValueError(
         f"{type(model).__name__} could not be tried on a picture. Tried: {', '.join(tried)}. Its error at {shape}: "
         f"{type(cause).__name__}: {cause}. It must take images [B, C, height, width] alone: pass the encoder that does "
-        f"(a model of images and text has one for images){advice}"
+        f"(a model of images and text has one){advice}"
     ) from cause
 
 
 def _pictures(model: nn.Module, images: Tensor | None) -> Iterator[Tensor]:
     """Pictures to try: noise, with another left half, and upper half; as `images`, as the model's own, as is likely."""
     embed = patch_embedding(model)
-    modules = [] if embed is None else list(embed.modules())
-    owners = (*modules, model, getattr(model, "config", None))
+    modules = [*([] if embed is None else embed.modules()), model]
+    owners = (*modules, getattr(model, "config", None))
     numbers = (getattr(owner, name, None) for owner in owners for name in ("in_channels", "in_chans", "num_channels"))
     channels = next((number for number in numbers if isinstance(number, int)), 3)
     frames = [(1,), ()] if any(isinstance(module, nn.Conv3d) for module in modules) else [()]
     size = image_size(model)
-    sizes = _likely_sizes(model) if size is None else [size]
-    shapes = [(channels, *frame, *each) for each in sizes for frame in frames]
-    weights = (weight for owner in (*modules, model) for weight in owner.parameters() if weight.is_floating_point())
+    shapes = [] if images is None else [tuple(images.shape[1:])]
+    shapes += [(channels, *frame, *each) for each in ([size] if size else _likely_sizes(model)) for frame in frames]
+    weights = (weight for owner in modules for weight in owner.parameters() if weight.is_floating_point())
     weight = next(weights, torch.empty(()))
-    for shape in dict.fromkeys([*([] if images is None else [tuple(images.shape[1:])]), *shapes]):
+    for shape in dict.fromkeys(shapes):
         pictures = torch.rand(3, *shape, device=weight.device).to(weight.dtype)
         pictures[1, ..., shape[-1] // 2 :] = pictures[0, ..., shape[-1] // 2 :]
         pictures[2, ..., shape[-2] // 2 :, :] = pictures[0, ..., shape[-2] // 2 :, :]
@@ -169,35 +169,25 @@ def _likely_sizes(model: nn.Module) -> list[Shape]:
     return [*(tuple((side - 1) * stride[axis] + kernel[axis] for axis in (0, 1)) for side in sides), (224, 224)]
 
 
-def tokens_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tokens, [B, tokens, width], that an attention module is called with: one tensor, or none."""
-    given = [value for value in (*args, *kwargs.values()) if torch.is_tensor(value) and value.ndim == 3][:1]
-    # nn.MultiheadAttention says whether it takes [tokens, B, width].
-    return given if getattr(module, "batch_first", True) else [value.transpose(0, 1) for value in given]
-
-
 def prefix_length(model: nn.Module, images: Tensor, tokens: int, stride: int = 1) -> int:
     """How many of the tokens of images (class, register, ...) come before the patches, where that can be told."""
     (height, width), trial = (len(every(side, stride)) for side in patch_grid(model, images)), trial_of(model, images)
-    prefix = tokens - height * width
-    attends = f"{type(model).__name__} attends over {tokens} tokens"
+    prefix, attends = tokens - height * width, f"{type(model).__name__} attends over {tokens} tokens"
     patches = f"{height} x {width} patches of images of shape {list(images.shape)}"
     if prefix < 0:
         raise ValueError(f"{attends}, fewer than the {patches}: does it drop patches (masking, patch_drop_rate)?")
     if trial.problem:
         raise ValueError(trial.problem)
     if prefix not in trial.prefixes:
-        raise ValueError(
-            f"{attends}, but should over {' or '.join(map(str, sorted(trial.prefixes)))} and the {patches}: set "
-            "model.patch_embed.patch_size to the distance of its patches in pixels, or choose another image size"
-        )
+        should = f"{attends}, but should over {' or '.join(map(str, sorted(trial.prefixes)))} and the {patches}"
+        raise ValueError(f"{should}: set model.patch_embed.patch_size (in pixels), or choose another image size")
     return prefix
 
 
 def check_shape(shape: Shape, before: Shape | None) -> None:
     """Refuse attention that is not [B, heads, tokens, tokens], or not between the tokens of the layers before."""
-    after = "" if before is None else f" after {list(before)} in the layer before"
     if len(shape) != 4 or (before is not None and (shape[0], *shape[2:]) != (before[0], *before[-2:])):
+        after = "" if before is None else f" after {list(before)} in the layer before"
         raise ValueError(
             f"attention has shape {list(shape)}{after}, but must be [B, heads, tokens, tokens], between all tokens of "
             "an image: unflatten the heads before the softmax, or choose layers without windows with layers=[...]"
@@ -221,9 +211,9 @@ def check_affinity(model: nn.Module, layers: Sequence[int] | str | None) -> None
 
 def check_patches(model: nn.Module) -> None:
     """Refuse a model whose patch grid is not to be found, or not that of the patches that it makes and masks."""
-    patch_grid(model, torch.empty(1, 3, 1 << 12, 1 << 12, device="meta"))
+    patch_layout(model)
     if without_weights(model):
-        return  # Such weights cannot be run a part at a time.
+        return  # for these cannot be run a part at a time
     try:
         problem = trial_of(model).problem
     except ValueError:
@@ -249,17 +239,16 @@ def attention_modules(
     layers = range(count // 3, count - count // 3) if isinstance(layers, str) else layers
     if bad := [layer for layer in layers or () if not -count <= layer < count]:
         raise ValueError(f"layer {bad[0]} does not exist: the model has {count} attention layers, 0..{count - 1}")
-    wanted = names if layers is None else [names[layer] for layer in layers]
-    return [(name, model.get_submodule(name)) for name in wanted]
+    return [(name, model.get_submodule(name)) for name in (names if layers is None else [names[i] for i in layers])]
 
 
 def _all_attention(model: nn.Module) -> dict[nn.Module, str]:
     """All modules that attend, and their names, those of a decoder too."""
     inside = set(encoder_of(model).modules())
-    named = ((module, name) for name, module in model.named_modules() if module in inside)
-    found = {module: name for module, name in named if any(hasattr(module, heads) for heads in HEADS)}
+    named = {module: name for name, module in model.named_modules() if module in inside}
+    found = {module for module in named if any(hasattr(module, heads) for heads in HEADS)}
     # Where a block or the whole model has such a name too, the attention is what lies innermost.
-    return {module: name for module, name in found.items() if len(found.keys() & set(module.modules())) == 1}
+    return {module: name for module, name in named.items() if found & set(module.modules()) == {module}}
 
 
 def _list_of(model: nn.Module, name: str) -> str | None:
@@ -272,11 +261,13 @@ def _list_of(model: nn.Module, name: str) -> str | None:
 
 def blocks_of(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     """The blocks, which are members of a list, that modules of these names are in; an error where they are in none."""
-    if None in (lists := [_list_of(model, name) for name in names]):
-        raise ValueError(f"{type(model).__name__} has no list of blocks, where patches could be left out")
-    places = zip(cast(list[str], lists), names, strict=True)
-    found = (".".join(name.split(".")[: owner.count(".") + 1 + bool(owner)]) for owner, name in places)
-    return [model.get_submodule(name) for name in dict.fromkeys(found)]
+    found = list[nn.Module]()
+    for name in names:
+        if (owner := _list_of(model, name)) is None:
+            raise ValueError(f"{type(model).__name__} has no list of blocks, where patches could be left out")
+        place = owner.count(".") + 1 if owner else 0
+        found.append(model.get_submodule(".".join(name.split(".")[: place + 1])))
+    return list(dict.fromkeys(found))
 
 
 def not_found(model: nn.Module, what: str) -> str:
@@ -284,8 +275,7 @@ def not_found(model: nn.Module, what: str) -> str:
     looked_at = [f"{name} ({type(module).__name__})" for name, module in model.named_modules() if name]
     shown = ", ".join(looked_at[:40] + [f"{len(looked_at) - 40} more"] * (len(looked_at) > 40))
     return (
-        f"{type(model).__name__} {what}. Attention is read where a module has its number of heads as `num_heads` and "
-        "takes a softmax or torch's scaled_dot_product_attention: set self.num_heads in yours, name the layers that do "
-        "with layers=[...], or compute an affinity [B, N, N] yourself and give it to a partitioner. "
-        f"Modules looked at: {shown or 'none'}."
+        f"{type(model).__name__} {what}. Attention is read where a module has `num_heads` and takes a softmax or "
+        "scaled_dot_product_attention: set self.num_heads in yours, name the layers that do with layers=[...], or give "
+        f"an affinity [B, N, N] of your own to a partitioner. Modules looked at: {shown or 'none'}."
     )
