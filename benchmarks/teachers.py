@@ -1,185 +1,133 @@
-"""What a teacher should read from a ViT: how well its parts agree with people's, at each stage of training.
+"""What a teacher should read from a ViT: how well its parts agree with people's, and what reading costs.
 
-python benchmarks/teachers.py --data ../shared/data          # trains for an hour and a half on 2 cores, once
+python benchmarks/teachers.py --data ../shared/data --vit vit_small_patch14_dinov2.pt    # some minutes on 2 cores
 
-FOLDER holds `tinyimagenet20/train` (torchvision's ImageFolder layout) to train a small MAE on with random masks, and
-pictures with people's label maps in `bsds/val`, in the layout of `segmented.py`. Encoders are kept in --models, so that
-a run that was stopped goes on with the stages that are there.
+Layers by stride, for a small MAE and for another ViT of timm, on the pictures that defaults may be chosen on: BSDS val,
+COCO, CCP val (the layout of `part_quality.py`). `share` is what is read, in matrix products of a forward pass of the
+encoder on all patches. Neither the index nor the number of parts tells how much a model learns from such masks.
 """
 
 from __future__ import annotations
 
-import sys
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import common
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from segmented import Labels, read_folder
-from sklearn.metrics import adjusted_rand_score
-from timm.models.vision_transformer import VisionTransformer
+from part_quality import (
+    BATCH,
+    NO_MODEL,
+    NUM_PARTS,
+    SMALL,
+    Column,
+    cut,
+    graph_cut,
+    judge,
+    read_columns,
+    small_mae,
+    timm_vit,
+)
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, normalize
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
-from tqdm import tqdm, trange
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-from maskevolve import EMPartitioner, GraphCutPartitioner, PartTeacher, RandomMask
+from maskevolve import EMPartitioner
 from maskevolve.teachers import attention_affinity, token_affinity
+from maskevolve.teachers.trial import attention_modules
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from mae import MaskedAutoencoder
-
-DEFAULT = "tokens before the first block: the default"
-SIZE, PATCH, WIDTH, DEPTH, HEADS = 64, 8, 128, 6, 4
-SEEN, GRID, NUM_PARTS, BATCH = 128, 16, 10, 16  # pictures are cut at 128 pixels
-DRAWN = 256  # pixels of the people's label maps
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
-
-Source = Callable[[Tensor], Tensor]
+COLUMNS = ("bsds/val", "coco", "ccp/val")
+MOST = 50  # pictures of a column
+DEFAULT = "middle third, every 2nd patch"
+PUBLISHED = "all layers, EM"
 
 
-def train(data: Path, stages: list[int], models: Path) -> None:
-    """Write the encoder of a small MAE at each stage, in epochs; random masks, random crops and flips."""
-    models.mkdir(parents=True, exist_ok=True)
-    if all((models / f"epoch{stage}.pt").exists() for stage in stages):
-        return
-    torch.manual_seed(0)
-    images = torch.stack([v2.functional.pil_to_tensor(image.convert("RGB")) for image, _ in ImageFolder(data)])
-    crop = v2.RandomResizedCrop(SIZE, scale=(0.4, 1.0), antialias=True)  # one for a batch: it costs less
-    model = MaskedAutoencoder(RandomMask(), SIZE, PATCH, WIDTH, DEPTH, HEADS)
-    optimizer = torch.optim.AdamW(model.parameters(), 1.5e-3, betas=(0.9, 0.95), weight_decay=0.05)
-    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 500))
-    for epoch in trange(max(stages) + 1, desc="epochs of training"):
-        if epoch in stages:
-            torch.save(model.encoder.state_dict(), models / f"epoch{epoch}.pt")
-        for index in torch.randperm(len(images)).split(64)[:-1]:
-            batch = crop(images[index]).float() / 255
-            flipped = torch.rand(len(batch)) < 0.5
-            batch[flipped] = batch[flipped].flip(-1)
-            loss = model(v2.functional.normalize(batch, MEAN, STD), 0.75, None)[0]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            warm_up.step()
+def ways(depth: int) -> Iterator[tuple[str, Any, int]]:
+    """Name, layers and stride of what may be read."""
+    yield "tokens", "tokens", 1
+    single = sorted({0, depth // 3, depth // 2 - 1, depth // 2, 2 * depth // 3, depth - 1})
+    for stride, patches in ((1, ""), (2, ", every 2nd patch"), (3, ", every 3rd patch")):
+        yield f"middle third{patches}", "middle", stride
+        yield f"all layers{patches}", None, stride
+        for layer in single:
+            yield f"layer {layer + 1} of {depth}{patches}", [layer], stride
 
 
-def read_encoder(path: Path, device: str) -> nn.Module:
-    vit = VisionTransformer(SIZE, PATCH, num_classes=0, global_pool="", embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS)
-    vit.load_state_dict(torch.load(path, weights_only=True))
-    vit.set_input_size(img_size=SEEN)
-    return vit.to(device).eval()
+def read(model: nn.Module, layers: Any, stride: int, images: Tensor) -> Tensor:
+    if layers == "tokens":
+        return token_affinity(model, images, stride)
+    return attention_affinity(model, images, layers, stride)
 
 
-def sources(vit: nn.Module) -> dict[str, Source]:
-    """Images to an affinity, by what is read."""
-    return {
-        DEFAULT: partial(token_affinity, vit),
-        **{f"tokens after block {n}": partial(deep_tokens, vit, n) for n in (1, 2, 3, 5)},
-        **{f"keys of block {n}": partial(keys, vit, n - 1) for n in (1, 4)},
-        **{f"attention of layer {n}": partial(attention_affinity, vit, layers=[n - 1]) for n in (1, 2, 3, 6)},
-        "attention of all layers: published": partial(attention_affinity, vit),
-        "attention of all layers and tokens": lambda images: blend(attention_affinity(vit, images), images, vit),
-        "no model: mean colours": colours,
-    }
+def products(function: Any) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function()
+    return counter.get_total_flops()
 
 
-@torch.no_grad()
-def deep_tokens(vit: nn.Module, block: int, images: Tensor) -> Tensor:
-    """As `token_affinity`, after more blocks."""
-    x = vit._pos_embed(vit.patch_embed(images))
-    return cosine(vit.blocks[block].norm1(vit.blocks[:block](x))[:, 1:])
-
-
-@torch.no_grad()
-def keys(vit: nn.Module, block: int, images: Tensor) -> Tensor:
-    x = vit.blocks[:block](vit._pos_embed(vit.patch_embed(images)))
-    block = vit.blocks[block]
-    return cosine(block.attn.qkv(block.norm1(x)).chunk(3, -1)[1][:, 1:])
-
-
-def cosine(x: Tensor) -> Tensor:
-    x = normalize(x - x.mean(1, keepdim=True), dim=2)
-    return x @ x.mT
-
-
-def blend(attention: Tensor, images: Tensor, vit: nn.Module) -> Tensor:
-    attention, tokens = attention + attention.mT, token_affinity(vit, images).clamp(min=0)
-    return attention / attention.mean((1, 2), keepdim=True) + tokens / tokens.mean((1, 2), keepdim=True)
-
-
-def colours(images: Tensor) -> Tensor:
-    return cosine(avg_pool2d(images, PATCH).flatten(2).mT)
-
-
-def teachers(vit: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Images to parts."""
-    cut, options = GraphCutPartitioner(NUM_PARTS), {"total_epochs": 1, "num_parts": (NUM_PARTS, NUM_PARTS)}
-    default = PartTeacher(vit, cut, **options)
-
-    def in_bfloat16(images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16):
-            return default(images)
-
-    return {
-        **{name: lambda x, read=read: cut(read(x), images=x) for name, read in sources(vit).items()},
-        "the default, in bfloat16": in_bfloat16,
-        "the default, edges from the affinity": lambda images: cut(token_affinity(vit, images)),
-        "published, EM": PartTeacher(vit, EMPartitioner(), layers=None, **options),
-        DEFAULT: default,
-    }
-
-
-def score(teacher: Callable[[Tensor], Tensor], images: Tensor, people: list[list[Labels]]) -> list[float]:
-    """Adjusted Rand index of each picture, over its pixels; the mean over people."""
-    parts = teacher(images).view(-1, GRID, GRID).cpu().numpy()
-    pixels = parts.repeat(DRAWN // GRID, 1).repeat(DRAWN // GRID, 2)
-    return [
-        float(np.mean([adjusted_rand_score(person.ravel(), one.ravel()) for person in of_one]))
-        for one, of_one in zip(pixels, people, strict=True)
-    ]
+def measure(model: nn.Module, columns: list[Column], layers: Any, stride: int, em: bool = False) -> common.Row:
+    """The share of a forward pass, and for each column the index, its error and the effective parts."""
+    one = columns[0].images[:1]
+    share = products(partial(read, model, layers, stride, one)) / products(partial(model, one))
+    row: common.Row = {"share": share}
+    for column in columns:
+        affinity = torch.cat([read(model, layers, stride, images) for images in column.images.split(BATCH)])
+        if em:
+            parts = list(EMPartitioner(NUM_PARTS)(affinity, grid_size=column.grid).unflatten(1, column.grid).numpy())
+        else:
+            parts = cut(partial(graph_cut, grid=column.grid, stride=stride), affinity, column.images, column.grid)
+        found = judge([[pair] for pair in zip(parts, column.people, strict=True)], column.grid)
+        names = ("index", "index_error", "effective", "largest")
+        row |= {f"{column.title} {name}": found[name] for name in names}
+    return row
 
 
 def main() -> None:
     parser = common.make_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 3, 10, 30, 100], help="epochs of training")
-    parser.add_argument("--models", type=Path, default=Path("runs/teachers"), help="default: runs/teachers")
+    parser.add_argument("--vit", type=Path, help="weights of another ViT, in a file with its name in timm: NAME.pt")
     args = parser.parse_args()
-    train(args.data / "tinyimagenet20/train", args.stages, args.models)
-    pictures = read_folder(args.data / "bsds/val", DRAWN)
-    images = interpolate(torch.stack([picture.image for picture in pictures]), (SEEN, SEEN), mode="area")
-    images = v2.functional.normalize(images, MEAN, STD).to(args.device)
-    people, found = [picture.people for picture in pictures], defaultdict(dict)
-    for stage in tqdm(args.stages, desc="stages"):
-        by_name = teachers(read_encoder(args.models / f"epoch{stage}.pt", args.device))
-        for name, teacher in tqdm(by_name.items(), leave=False):
-            torch.manual_seed(0)  # EM starts from random means
-            found[name][stage] = score(teacher, images, people)
-    rows = common.compare({name: partial(f, images[:BATCH]) for name, f in by_name.items()}, DEFAULT, args.device)
-    for row in rows:
-        for stage, scores in found[row["name"]].items():
-            row[f"index_{stage}"] = float(np.mean(scores))
-            row[f"error_{stage}"] = float(np.std(scores) / len(scores) ** 0.5)
-    settings = {"pictures": "BSDS500 val", "batch": BATCH, "images": len(images), "num_parts": NUM_PARTS}
-    common.save("teachers", args.device, rows, draw(rows, args.stages), baseline=DEFAULT, **settings)
+    models: dict[str, nn.Module] = {SMALL: small_mae(args.data / "tiny_vit_random.pt")}
+    if args.vit:
+        models[args.vit.stem] = timm_vit(args.vit)
+    by_model: dict[str, list[Column]] = {name: [] for name in models}
+    for title in COLUMNS:
+        for column in read_columns(args.data / title, title, MOST, models, args.device):
+            if column.model != NO_MODEL:
+                by_model[column.model].append(column)
+    rows = []
+    for name, model in models.items():
+        torch.manual_seed(0)  # EM starts from random means
+        rows.append({"model": name, "name": PUBLISHED, **measure(model, by_model[name], None, 1, em=True)})
+        for way, layers, stride in tqdm([*ways(len(attention_modules(model)))], desc=name):
+            rows.append({"model": name, "name": way, **measure(model, by_model[name], layers, stride)})
+    pictures = {column.title: len(column.people) for column in by_model[SMALL]}
+    common.save("teachers", args.device, rows, draw(rows), pictures=pictures, num_parts=NUM_PARTS)
 
 
-def draw(rows: list[common.Row], stages: list[int]) -> Figure:
-    """Agreement against training, a line for each source; the default in orange."""
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    ax = figure.subplots()
-    for index, row in enumerate(rows):
-        ours = row["name"] == DEFAULT
-        style = {"color": "tab:orange", "linewidth": 3} if ours else {"marker": "os^"[index % 3], "linewidth": 0.8}
-        ax.plot(range(len(stages)), [row[f"index_{stage}"] for stage in stages], label=row["name"], **style)
-    ax.set_xticks(range(len(stages)), stages)
-    ax.set(xlabel="epochs of training", ylabel="adjusted Rand index")
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+def draw(rows: list[common.Row]) -> Figure:
+    """The mean index over what is read, in shares of a forward pass, a panel for each model; the default in orange."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(5.5 * len(names), 4.5), layout="constrained")
+    for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for row in (row for row in rows if row["model"] == name):
+            index = float(np.mean([row[f"{column} index"] for column in COLUMNS]))
+            marker = (
+                "s"
+                if row["name"] in (PUBLISHED, "tokens")
+                else "o^v"[(", every" in row["name"]) + ("3rd" in row["name"])]
+            )
+            ours = row["name"] == DEFAULT
+            ax.plot(
+                row["share"], index, marker, color="tab:orange" if ours else "tab:gray", markersize=10 if ours else 5
+            )
+            if ours or marker == "s" or "every" not in row["name"]:
+                ax.annotate(row["name"], (row["share"], index), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        ax.set(title=name, xlabel="share of a forward pass", ylabel=f"index, mean of {', '.join(COLUMNS)}")
+        ax.grid(linewidth=0.4)
     return figure
 
 

@@ -18,6 +18,7 @@ from mae import MaskedAutoencoder, patchify, unpatchify
 from matplotlib.figure import Figure
 from named_masks import MASKS
 from photos import PhotoCrops, centre, find_photos, parse
+from sklearn.metrics import adjusted_rand_score
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
@@ -31,6 +32,7 @@ MEAN, STD = [[[0.485]], [[0.456]], [[0.406]]], [[[0.229]], [[0.224]], [[0.225]]]
 SNAPSHOTS = 4  # epochs in evolution.png and method.png, at most
 SHOWN = (2, 0, 1, 3)  # photographs in the pictures, by their place in the folder
 EVOLVING = 2  # how many of them are in evolution.png and method.png
+COMPARED = 10  # parts, of the shown photographs, that are compared between epochs
 SHARP = 192  # pixels of a photograph there, at least: the model sees it at --image-size
 FREE_TO_CHANGE = {"resume", "out", "device", "workers", "data"}  # between a run and its resumption
 
@@ -74,6 +76,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
         self.metrics: list[dict[str, Any]] = []
         self.snapshots: list[dict[str, Any]] = []
+        self.first_parts: Tensor | None = None  # of the shown photographs, after the first epoch
 
     def set_epoch(self, epoch: float) -> None:
         self.teacher.set_epoch(epoch)
@@ -103,7 +106,7 @@ class Run:
             losses.append(loss.detach())
             bar.update()
         row = {"epoch": self.epoch, "loss": float(torch.stack(losses).mean()), "num_parts": self.teacher.num_parts}
-        row |= {"alpha": self.alpha, "lr": self.optimizer.param_groups[0]["lr"]}
+        row |= {"alpha": self.alpha, "lr": self.optimizer.param_groups[0]["lr"], **self.compare_parts()}
         self.metrics.append(row)
         if self.epoch in {round(point * (self.args.epochs - 1) / (SNAPSHOTS - 1)) for point in range(SNAPSHOTS)}:
             self.take_snapshot()
@@ -115,6 +118,18 @@ class Run:
         masking = self.model.masking
         return round(float(masking.alpha), 4) if isinstance(masking, EvolvingMask) else None
 
+    def compare_parts(self) -> dict[str, float]:
+        """How far ten parts of the shown photographs have come: their index with those of the first epoch, and how
+        many of like size would be as even (exp of the entropy of their sizes).
+        """
+        images = normalize(self.shown.to(self.args.device))
+        parts = self.teacher.hierarchy(images).cut(min(COMPARED, self.teacher.num_parts)).cpu()
+        self.first_parts = parts if self.first_parts is None else self.first_parts
+        indices = [adjusted_rand_score(*pair) for pair in zip(self.first_parts, parts, strict=True)]
+        shares = [one.bincount()[one.unique()] / len(one) for one in parts]
+        effective = [float((-(share * share.log()).sum()).exp()) for share in shares]
+        return {"index_with_first": float(np.mean(indices)), "effective_parts": float(np.mean(effective))}
+
     @torch.no_grad()
     def take_snapshot(self) -> None:
         """Parts of the shown photographs, and the first masks that the seed draws, by the model after this epoch."""
@@ -122,7 +137,12 @@ class Run:
         self.set_epoch(self.epoch)
         _, prediction, mask, parts = self.forward(normalize(self.shown.to(self.args.device)))
         title = f"epoch {self.epoch}" + ("" if self.alpha is None else f"\nalpha {self.alpha:.2f}")
-        snapshot = {"epoch": self.epoch, "title": title, "mask": mask, "parts": parts, "prediction": prediction.float()}
+        found = self.metrics[-1]
+        note = (
+            f"{found['effective_parts']:.1f} effective of {COMPARED}\nindex {found['index_with_first']:.2f} with first"
+        )
+        snapshot = {"epoch": self.epoch, "title": title, "note": note, "mask": mask, "parts": parts}
+        snapshot["prediction"] = prediction.float()
         self.snapshots.append(
             {name: value.cpu() if torch.is_tensor(value) else value for name, value in snapshot.items()}
         )
@@ -130,7 +150,7 @@ class Run:
     def save(self, path: Path) -> None:
         """Write the whole checkpoint or nothing: a run that is stopped here still has the one before."""
         state = {name: getattr(self, name).state_dict() for name in ("model", "teacher", "optimizer")}
-        state |= {name: getattr(self, name) for name in ("epoch", "metrics", "snapshots")}
+        state |= {name: getattr(self, name) for name in ("epoch", "metrics", "snapshots", "first_parts")}
         state["args"] = {name: value for name, value in vars(self.args).items() if name not in FREE_TO_CHANGE}
         torch.save(state, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
@@ -145,7 +165,8 @@ class Run:
                 )
         for name in ("model", "teacher", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
-        self.epoch, self.metrics, self.snapshots = state["epoch"], state["metrics"], state["snapshots"]
+        for name in ("epoch", "metrics", "snapshots", "first_parts"):
+            setattr(self, name, state[name])
 
 
 def seed_everything(seed: int, stream: int) -> None:
@@ -215,7 +236,8 @@ def write_results(run: Run, paths: list[Path], out: Path) -> None:
     if run.epoch < run.args.epochs:
         return
     sharp = photographs(paths, max(SHARP, run.args.image_size))[:EVOLVING]
-    masks, parts, titles = ([snapshot[key] for snapshot in run.snapshots] for key in ("mask", "parts", "title"))
+    masks, parts = ([snapshot[key] for snapshot in run.snapshots] for key in ("mask", "parts"))
+    titles = [f"{snapshot['title']}\n{snapshot['note']}" for snapshot in run.snapshots]
     figures = {
         "evolution": evolution_figure(sharp, masks, parts, titles),
         "loss": draw_loss(run.metrics),
