@@ -11,6 +11,7 @@ from lightly.models import utils
 from lightly.models.modules import MaskedVisionTransformerTIMM
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from vits import MAE
 
 from maskevolve import EvolvingMask, GraphCutPartitioner, PartTeacher, integrations
 
@@ -48,6 +49,26 @@ def record(evolution, monkeypatch):
     masks, draw = [], evolution.mask
     monkeypatch.setattr(evolution, "mask", lambda *args: masks.append(draw(*args)) or masks[-1])
     return masks
+
+
+def lightning_trainer(pl, evolution, out, epochs=3, callbacks=(), **options):
+    """A Trainer of pytorch_lightning or lightning.pytorch, which prints nothing."""
+
+    class Seeded(pl.Callback):
+        """Lightning leaves random states out of its checkpoints, so a run that is to be resumed exactly must seed."""
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            torch.manual_seed(trainer.global_step)
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return pl.Trainer(
+        max_epochs=epochs,
+        callbacks=[integrations.lightning_callback(evolution), Seeded(), *callbacks],
+        enable_checkpointing=any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in callbacks),
+        default_root_dir=out,
+        **quiet,
+        **options,
+    )
 
 
 def draw_a_quarter(images, length):
@@ -115,6 +136,7 @@ def own_loss(output):
 
 VIT_MAE = {f"decoder_{name}": value for name, value in DECODER.items()}
 HOSTS = {
+    "MAE": Host(integrations.apply_to_mae, MAE, lambda output: output[0]),
     "timm": Host(integrations.apply_to_timm, of_timm("vit_tiny_patch16_224", img_size=64), square),
     "NaFlex": Host(integrations.apply_to_timm, of_timm("naflexvit_base_patch16_gap"), square),
     "ViTMAE": Host(integrations.apply_to_vit_mae, of_hugging_face("ViTMAEForPreTraining", **VIT_MAE), own_loss),

@@ -1,6 +1,8 @@
 """Processes that begin with the large packages imported: a server has imported them once, and forks."""
 
+import json
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -56,6 +58,18 @@ def _run_script(rank, command, path, common, folder):
     sys.argv[:] = command
     sys.path[:0] = path
     runpy.run_path(command[0], run_name="__main__")
+
+
+def check_log(log):
+    """Of a launcher: three epochs, in which the loss falls and masks evolve to 4 parts from 8."""
+    losses = [json.loads(line)["loss"] for line in log.splitlines() if line.startswith("{")]
+    assert len(losses) == 3
+    assert losses[2] < losses[0]
+    assert re.findall(r"masks of epoch (\d): EvolvingMask, alpha (\S+), (\d) parts", log) == [
+        ("0", "0.577", "8"),
+        ("1", "0.816", "6"),
+        ("2", "1.000", "4"),
+    ]
 
 
 RANKS = ("RANK", "LOCAL_RANK", "ROLE_RANK")

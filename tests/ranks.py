@@ -4,14 +4,13 @@ import copy
 import functools
 
 import processes
-import timm
 import torch
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from vits import MAE
 
 from maskevolve import EvolvingMask, GraphCutPartitioner, PartTeacher
-from maskevolve.integrations import apply_to_mae, apply_to_mim, apply_to_timm
+from maskevolve.integrations import apply_to_mae, apply_to_mim
 
 EPOCHS, STOP = 4, 2
 RANKS = 2
@@ -31,13 +30,6 @@ def _join(rank, job, folder):
 
 def make_mae(rank):
     return MAE(seed=rank), apply_to_mae, lambda model, images: model(images)[0]
-
-
-def make_timm(rank):
-    torch.manual_seed(rank)
-    options = {"embed_dim": 48, "num_heads": 3, "depth": 2, "num_classes": 5, "patch_drop_rate": 0.75}
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, **options).train()
-    return vit, apply_to_timm, lambda model, images: model(images).square().mean()
 
 
 def make_mim(rank):

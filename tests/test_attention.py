@@ -7,20 +7,16 @@ from functools import partial
 import pytest
 import timm
 import torch
+from test_mae import Unfolded
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from vits import MAE, VARIANTS, make_vit
+from vits import MAE, VARIANTS, make_teacher, make_vit
 
-from maskevolve import GraphCutPartitioner, PartTeacher
 from maskevolve.teachers import attention_affinity, token_affinity
 from maskevolve.teachers.patch_grid import patch_grid
 from maskevolve.teachers.trial import attention_modules
 
 both = pytest.mark.parametrize("affinity_of", [attention_affinity, token_affinity], ids=["attention", "tokens"])
-
-
-def make_teacher(model, **options):
-    return PartTeacher(model, GraphCutPartitioner(), total_epochs=10, **options)
 
 
 def no_hooks(model):
@@ -64,7 +60,7 @@ def test_affinity_is_the_mean_softmax_between_patches(variant, fused):
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224"])
 def test_rotary_embeddings_and_position_biases_are_included(name):
     torch.manual_seed(0)
-    vit, images = timm.create_model(name, num_classes=0).eval(), torch.randn(1, 3, 224, 224)
+    vit, images = timm.create_model(name, num_classes=0, depth=2).eval(), torch.randn(1, 3, 224, 224)
     for block in vit.blocks:
         if getattr(block.attn, "relative_position_bias_table", None) is not None:
             nn.init.normal_(block.attn.relative_position_bias_table)
@@ -140,19 +136,12 @@ def test_no_attention_is_an_error_that_lists_the_modules():
 
 def test_a_model_that_hides_its_patch_size_is_an_error():
     mae, images = MAE(), torch.randn(1, 3, 64, 64)
-    mae.patch_embed = Unfolded(192, 48)
+    mae.patch_embed = Unfolded()
     for refused in (lambda: attention_affinity(mae, images), lambda: make_teacher(mae)):
         with pytest.raises(ValueError, match=r"patch_embed\.patch_size = 16"):
             refused()
     mae.patch_embed.patch_size = 8
     assert attention_affinity(mae, images).shape == (1, 64, 64)
-
-
-class Unfolded(nn.Linear):
-    """A patch embedding that does not tell the size of its patches."""
-
-    def forward(self, images):
-        return super().forward(nn.functional.unfold(images, 8, stride=8).mT)
 
 
 class HandWritten(nn.Module):

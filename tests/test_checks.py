@@ -7,9 +7,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from vits import MAE
+from vits import MAE, make_teacher
 
-from maskevolve import BlockMask, EMPartitioner, EvolvingMask, GraphCutPartitioner, GridMask, PartTeacher, RandomMask
+from maskevolve import BlockMask, EMPartitioner, EvolvingMask, FrozenTeacher, GraphCutPartitioner, GridMask, RandomMask
 from maskevolve.masks import mask_patches, num_visible
 from maskevolve.schedule import alpha_at, clamp_epoch, num_parts_at
 
@@ -19,8 +19,8 @@ NOT_WHOLE = [*NO_NUMBER, 2.5, math.inf, -1]
 OR_NONE = [value for value in NOT_WHOLE if value is not None]  # None is the default
 
 
-def teacher(**options):
-    return PartTeacher(MAE(depth=1), GraphCutPartitioner(), **{"total_epochs": 10, **options})
+teacher = partial(make_teacher, MAE(depth=1))
+frozen = partial(teacher, FrozenTeacher)
 
 
 REFUSED = [
@@ -30,7 +30,8 @@ REFUSED = [
     ("mask_ratio", partial(num_visible, 16), NO_NUMBER),
     ("total_epochs", EvolvingMask, [*NO_NUMBER, 0, -3, math.inf]),
     *(("total_epochs", partial(function, 0), NO_NUMBER) for function in (clamp_epoch, alpha_at, num_parts_at)),
-    ("total_epochs", teacher, NO_NUMBER),
+    *(("total_epochs", kind, [*NO_NUMBER, 0]) for kind in (teacher, frozen)),
+    *(("layers", kind, [0, "all"]) for kind in (teacher, frozen)),
     ("power", partial(EvolvingMask, 10), [*NO_NUMBER, -1, math.inf]),
     ("epoch", EvolvingMask(10).set_epoch, NO_NUMBER),
     ("epoch", lambda epoch: teacher().set_epoch(epoch), NO_NUMBER),
@@ -41,7 +42,7 @@ REFUSED = [
     *(("num_parts", partial(each(), AFFINITY), OR_NONE) for each in (GraphCutPartitioner, EMPartitioner)),
     ("num_parts", partial(GraphCutPartitioner().hierarchy, AFFINITY), OR_NONE),
     ("num_parts", GraphCutPartitioner().hierarchy(AFFINITY).cut, OR_NONE),
-    ("num_parts", teacher, ["40", (40,), (40, "10"), (0, 1), (4.5, 2), None, 7]),
+    *(("num_parts", kind, ["40", (40,), (40, "10"), (0, 1), (4.5, 2), None, 7]) for kind in (teacher, frozen)),
     ("period", GridMask, NOT_WHOLE),
     *((name, call, NOT_WHOLE) for name, call in (("num_blocks", BlockMask), ("steps", EMPartitioner))),
     *(("batch_size", partial(call, grid_size=4), NOT_WHOLE) for call in (RandomMask().scores, RandomMask().sample)),
@@ -68,10 +69,3 @@ def test_numbers_of_numpy_and_torch_are_numbers():
     assert EvolvingMask(np.int64(10)).set_epoch(torch.tensor(9)).alpha == 1
     assert GraphCutPartitioner(np.int64(3))(AFFINITY, np.int32(2)).max() <= 1
     assert GridMask(np.int64(3), grid_size=(np.int64(4), 4)).sample(2, [4, np.int64(4)]).shape == (2, 16)
-
-
-def test_ratios_may_change_under_compile():
-    torch._dynamo.reset()
-    compiled = torch.compile(GridMask(grid_size=(4, 4)), fullgraph=True, backend="aot_eager")
-    for ratio in (0.75, 0.5):
-        assert (compiled(X, ratio).mask.sum(1) == 16 * ratio).all()

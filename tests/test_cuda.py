@@ -18,7 +18,6 @@ from maskevolve.masks import functional as F
 from maskevolve.parts import kernel_trial
 from maskevolve.parts.edges import contrast_edges, patch_sums
 from maskevolve.parts.mincut import grid_min_cut
-from maskevolve.parts.mincut import kernel as mincut
 from maskevolve.parts.split import kernel as split
 from maskevolve.parts.split import whole_images
 from maskevolve.parts.split.plain import TorchParts
@@ -141,17 +140,6 @@ def test_every_kernel_works_where_it_is_tried_and_the_first_call_may_wait(monkey
         assert torch.cuda.get_sync_debug_mode() == 2, "as it was before"
     use_every_kernel("cuda")
     assert list(kernel_trial._worked.values()) == [True, True], "the cut and the tree"
-
-
-def test_kernels_that_do_not_compile_give_way_to_plain_torch(monkeypatch):
-    expected = use_every_kernel("cuda")
-    monkeypatch.setattr(kernel_trial, "_worked", {})
-    for module, name in ((mincut, "_min_cut_kernel"), (split, "_terminals_kernel"), (split, "_split_kernel")):
-        monkeypatch.setattr(module, name, None)
-    with pytest.warns(UserWarning, match="plain torch is") as warned:
-        ours = use_every_kernel("cuda")
-    assert sum("plain torch is" in str(each.message) for each in warned) == 2
-    assert torch.equal(ours, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

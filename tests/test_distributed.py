@@ -19,7 +19,7 @@ except ImportError:  # torch 2.5 and older
     fully_shard = None
 
 
-@pytest.fixture(scope="module", params=[ranks.make_mae, ranks.make_timm, ranks.make_mim], ids=["MAE", "timm", "MIM"])
+@pytest.fixture(scope="module", params=[ranks.make_mae, ranks.make_mim], ids=["MAE", "MIM"])
 def results(request, tmp_path_factory):
     job = functools.partial(ranks.data_parallel, host=request.param)
     return ranks.on_ranks(job, tmp_path_factory.mktemp("ranks"))

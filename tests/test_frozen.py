@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import timm
 import torch
+from test_graph_cut import check_every_cut
 from test_teacher import COPIES
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
@@ -111,11 +112,7 @@ def test_hierarchy(kind):
     teacher, images = kind(make_vit(), GraphCutPartitioner(), total_epochs=9), photographs(2, 224)
     hierarchy = teacher.hierarchy(images)
     assert torch.equal(hierarchy.cut(teacher.num_parts), teacher(images))
-    for count in range(1, 10):
-        coarse, fine = hierarchy.cut(count), hierarchy.cut(count + 1)
-        assert coarse.max() < count
-        for one, other in zip(coarse, fine, strict=True):
-            assert len(torch.stack([one, other], 1).unique(dim=0)) == len(other.unique()), "nested"
+    check_every_cut(hierarchy, 10)
     with pytest.raises(TypeError, match="EMPartitioner has no hierarchy"):
         kind(make_vit(), EMPartitioner(), total_epochs=9).hierarchy(images)
 

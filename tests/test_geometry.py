@@ -6,9 +6,9 @@ import torch
 import transformers
 from einops import rearrange
 from torch import nn
-from vits import MAE
+from vits import MAE, make_teacher
 
-from maskevolve import BlockMask, EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher, RandomMask
+from maskevolve import BlockMask, EvolvingMask, GridMask, PartMask, RandomMask
 from maskevolve.integrations import apply_to_mae
 from maskevolve.teachers.encoder import entry_of
 from maskevolve.teachers.patch_grid import patch_grid, whole_patches
@@ -33,10 +33,6 @@ class Vit(nn.Module):
 both = pytest.mark.parametrize("layers", ["tokens", None], ids=["tokens", "attention"])
 
 
-def make_teacher(model, layers="tokens"):
-    return PartTeacher(model, GraphCutPartitioner(), total_epochs=10, layers=layers)
-
-
 LAYOUTS = {
     "overlapping": {"kernel_size": 16, "stride": 10},
     "overlapping, padded": {"kernel_size": 7, "stride": 4, "padding": 3},
@@ -57,7 +53,7 @@ def test_the_grid_is_that_of_the_convolution(layout, size, channels):
     assert patch_grid(model, images) == grid
     check_patches(model)
     for layers in ("tokens", None):
-        assert make_teacher(model, layers)(images).shape == (2, grid[0] * grid[1])
+        assert make_teacher(model, layers=layers)(images).shape == (2, grid[0] * grid[1])
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS["overlapping"], LAYOUTS["overlapping, padded"]])
@@ -80,7 +76,7 @@ def test_hybrid_stems_of_timm(name, layers):
     images, side = torch.randn(1, 3, 224, 224), round(vit.patch_embed.num_patches**0.5)
     assert patch_grid(vit, images) == (side, side)
     assert whole_patches(vit, images).shape == images.shape
-    teacher = make_teacher(vit, layers)
+    teacher = make_teacher(vit, layers=layers)
     assert teacher(images).shape == (1, side * side)
     assert teacher(torch.randn(1, 3, 256, 224)).shape == (1, side * side * 256 // 224)
 
@@ -97,11 +93,11 @@ class Stem(nn.Sequential):
 @both
 def test_a_stem_is_believed_where_it_is_right_and_refused_where_it_is_not(layers):
     right, wrong = Vit(Stem()), Vit(Stem())
-    assert make_teacher(right, layers)(torch.randn(1, 3, 24, 16)).shape == (1, 24)
+    assert make_teacher(right, layers=layers)(torch.randn(1, 3, 24, 16)).shape == (1, 24)
     with pytest.raises(ValueError, match=r"16 tokens.*3 x 4 patches"):  # wrong at this size
-        make_teacher(right, layers)(torch.randn(2, 3, 13, 16))
+        make_teacher(right, layers=layers)(torch.randn(2, 3, 13, 16))
     wrong.patch_embed.patch_size = 8
-    for refuse in (lambda model: make_teacher(model, layers), check_patches):
+    for refuse in (lambda model: make_teacher(model, layers=layers), check_patches):
         with pytest.raises(ValueError, match="by its Stem"):
             refuse(wrong)
 
@@ -233,7 +229,7 @@ class Positions(Vit):
 @both
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_models_of_any_dtype_and_of_any_size(dtype, layers):
-    teacher = make_teacher(Positions(4).to(dtype), layers)
+    teacher = make_teacher(Positions(4).to(dtype), layers=layers)
     assert teacher(torch.randn(2, 4, 40, 40, dtype=dtype)).shape == (2, 25)
 
 
@@ -244,7 +240,7 @@ def test_the_error_is_that_of_the_models_own_size():
 
 def test_making_a_teacher_or_an_evolution_draws_no_random_numbers():
     model, before = MAE().train(), torch.get_rng_state()
-    make_teacher(model, None)
+    make_teacher(model, layers=None)
     apply_to_mae(model, GridMask())
     assert torch.equal(torch.get_rng_state(), before)
     assert all(module.training for module in model.modules())
@@ -261,7 +257,7 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_tokens_in_another_order_are_refused(order, layers):
     with pytest.raises(ValueError, match="reorders tokens"):
-        make_teacher(Vit(nn.Conv2d(3, 16, 8, 8), order, h=2, w=2), layers)
+        make_teacher(Vit(nn.Conv2d(3, 16, 8, 8), order, h=2, w=2), layers=layers)
 
 
 def test_hiera_is_refused():

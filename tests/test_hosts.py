@@ -38,7 +38,8 @@ def test_removal_leaves_the_model_and_its_copies_as_they_were(name):
     assert list(model.state_dict()) == before[0], "nothing is added to the checkpoint"
     host.run(model, images)
     other = copy.deepcopy(model)
-    evolution.remove()
+    for _ in range(2):
+        evolution.remove()
     for each in (model, other):
         assert torch.equal(host.run(each, images), expected)
     assert anatomy(model) == before
@@ -104,8 +105,34 @@ def test_a_compiled_model_draws_the_same_masks(name):
         torch.testing.assert_close(loss, expected)
         loss.backward()
         evolution.update()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        evolution.set_epoch(2)
+        host.run(compiled, images)
+    evolution.see(parts=LABELS)
+    host.run(compiled, images)
+    assert torch.equal(evolution.last_parts, LABELS)
+    masks = []
+    for each in (model, compiled):
+        with evolution.fixed():
+            host.run(each, images)
+        masks.append(evolution.last_mask)
+    assert torch.equal(*masks)
     evolution.remove()
     assert host.apply(compiled, RandomMask()).model is evolution.model
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 5), reason="torch 2.4 cannot trace what a thread has seen")
+@pytest.mark.parametrize("name", ["MAE", "timm"])
+def test_masks_without_a_teacher_need_no_graph_break(name):
+    torch._dynamo.reset()
+    host, model, images = HOSTS[name], make(name), pictures()
+    evolution = host.apply(model, EvolvingMask(4, end=BlockMask())).set_epoch(1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(host.run(compiled, images), host.run(model, images))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        evolution.set_epoch(2)
+        compiled(images)
     torch._dynamo.reset()
 
 
@@ -122,11 +149,45 @@ def test_autocast_and_an_optimizer_that_is_followed(name):
     assert int(evolution.teacher.model.n_averaged) == 1
 
 
+STUDENTS = {
+    "ViTMAE": ["", "vit"],
+    "MIM": ["", "vit"],
+    "Lightly": ["backbone", "backbone.vit"],
+    "stable_pretraining MAE": ["encoder", "encoder.vit"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [(name, part) for name in STUDENTS if name in HOSTS for part in STUDENTS[name]]
+)
+def test_a_teacher_may_be_built_from_the_model_or_its_encoder(name, part):
+    host, model = HOSTS[name], make(name)
+    student = model.get_submodule(part)
+    evolution = host.apply(model, EvolvingMask(4), make_teacher(student)).set_epoch(2)
+    host.run(model, pictures()).backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    evolution.update()
+    ours = zip(evolution.teacher.model.module.parameters(), student.parameters(), strict=True)
+    assert all(torch.equal(*pair) for pair in ours), "the first update copies"
+
+
+@pytest.mark.parametrize("name", ["ViTMAE", "MIM"])
+def test_gradient_checkpointing_of_hugging_face(name):
+    host, model, images = HOSTS[name], make(name), pictures()
+    host.evolve(model).set_epoch(2)
+    plain = host.run(model.train(), images)
+    model.gradient_checkpointing_enable()
+    checkpointed = host.run(model, images)
+    assert torch.equal(checkpointed, plain)
+    checkpointed.backward()
+
+
+@pytest.mark.parametrize("same_images", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_two_checkpointed_views_have_their_own_labels_in_one_backward_pass(name, reentrant):
+def test_two_checkpointed_views_have_their_own_labels_in_one_backward_pass(name, reentrant, same_images):
     host, model = HOSTS[name], make(name)
     evolution = host.evolve(model, PartMask()).set_epoch(2)
-    views = [pictures(2), pictures(2).flip(3)]
+    views = [pictures(2)] * 2 if same_images else [pictures(2), pictures(2).flip(3)]
     labels = [LABELS, torch.arange(64).expand(2, -1) // 16]
     expected = []
 
@@ -171,13 +232,17 @@ def test_a_batch_that_fails_leaves_no_parts_behind(name):
 
 
 def test_no_batch_stays_in_memory(name):
-    host, model, images = HOSTS[name], make(name), pictures()
-    evolution, alive = host.evolve(model).set_epoch(3), weakref.ref(images)
-    evolution.see(parts=LABELS)
-    host.run(model, images).backward()
-    del images
-    gc.collect()
-    assert alive() is None
+    host, model = HOSTS[name], make(name)
+    evolution = host.evolve(model).set_epoch(3)
+    for given in (True, False):
+        images, labels = pictures(), LABELS.view(2, 8, 8).clone()
+        if given:
+            evolution.see(parts=labels)
+        host.run(model.train(given), images).backward()
+        gone = [weakref.ref(images), weakref.ref(labels)]
+        del images, labels
+        gc.collect()
+        assert [each() for each in gone] == [None, None]
 
 
 def test_fixed_masks(name):
@@ -191,10 +256,13 @@ def test_fixed_masks(name):
     assert not torch.equal(masks[0], masks[2])
 
 
-def test_forgetting_the_epoch_warns_once(name):
+def test_forgetting_the_epoch_warns_once_and_in_training_alone(name):
     HOSTS[name].evolve(model := make(name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        HOSTS[name].run(model.eval(), pictures())
     with pytest.warns(UserWarning, match="set_epoch"):
-        HOSTS[name].run(model, pictures())
+        HOSTS[name].run(model.train(), pictures())
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         HOSTS[name].run(model, pictures())
@@ -202,6 +270,8 @@ def test_forgetting_the_epoch_warns_once(name):
 
 def test_wrong_use(name):
     host, model = HOSTS[name], make(name)
+    with pytest.raises(TypeError, match="Identity"):
+        host.apply(torch.nn.Identity(), RandomMask())
     evolution = host.apply(model, EvolvingMask(4)).set_epoch(2)
     with pytest.raises(ValueError, match="PartTeacher"):
         host.run(model, pictures())

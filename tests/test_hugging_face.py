@@ -14,6 +14,9 @@ MODELS = {
     "Dinov2WithRegisters": {},
     "DINOv3ViT": {},
     "Beit": {"use_relative_position_bias": True},
+    "Data2VecVision": {},
+    "DeiT": {},
+    "IJepa": {},
     "SiglipVision": {},
 }
 

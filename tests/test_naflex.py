@@ -5,12 +5,11 @@ import copy
 import pytest
 import timm
 import torch
-from hosts import anatomy, make_teacher
+from hosts import make_teacher
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pretrain import equal
-from torch import nn
-from vits import check_training, photographs
+from vits import photographs
 
 pytest.importorskip("timm.models.naflexvit", reason="timm had no NaFlexVit before 1.0.16")
 from timm.data.naflex_dataset import NaFlexCollator
@@ -172,44 +171,12 @@ def test_evolving_masks_in_every_model(name, mask):
     assert output.shape == (2, 5)
 
 
-def test_eval_drops_nothing_and_removal_leaves_nothing():
+def test_eval_drops_nothing_and_a_copy_drops_as_many():
     vit, batch = make("RoPE").eval(), collate(images())
-    before, expected = anatomy(vit), vit(batch)
-    evolution = evolve(vit)
+    expected = vit(batch)
+    evolve(vit)
     assert torch.equal(vit(batch), expected)
-    vit.train()(batch)
-    assert embed(copy.deepcopy(vit), batch)["patch_valid"].sum(1).tolist() == [6, 6, 6, 2, 1]
-    evolution.remove()
-    assert anatomy(vit) == before
-    assert torch.equal(vit.eval()(batch), expected)
-
-
-def test_training_on_photographs_of_several_sizes_and_resuming():
-    sizes = [(96, 96), (64, 112), (112, 64)]
-    pictures = [p[:, : sizes[i % 3][0], : sizes[i % 3][1]] for i, p in enumerate(photographs(18, 112))]
-    batch = collate(pictures, 36)
-
-    def begin():
-        vit = make(num_classes=9)
-        return vit, apply_to_timm(vit, EvolvingMask(40), make_teacher(vit, total_epochs=40, decay=0.9))
-
-    def loss(vit):
-        picked = torch.randperm(18)[:12]
-        x = {name: value[picked] for name, value in batch.items() if name != "seq_len"}
-        return nn.functional.cross_entropy(vit(x), picked % 9)
-
-    vit, evolution = begin()
-    check_training(evolution, lambda: loss(vit), lr=2e-3)
-
-    evolution.set_epoch(20)
-    other, resumed = begin()
-    other.load_state_dict(vit.state_dict())
-    resumed.load_state_dict(evolution.state_dict())
-    losses = []
-    for model in (vit, other):
-        torch.manual_seed(5)
-        losses.append(loss(model))
-    assert torch.equal(*losses)
+    assert embed(copy.deepcopy(vit.train()), batch)["patch_valid"].sum(1).tolist() == [6, 6, 6, 2, 1]
 
 
 def test_wrong_use():

@@ -7,8 +7,6 @@ import torch
 from photos import centre
 from PIL import Image
 
-from maskevolve import PartMask, parts_from_segmentation
-
 TINY = ["--device", "cpu", "--image-size", "32", "--width", "32", "--depth", "1", "--epochs", "2", "--batch-size", "64"]
 
 
@@ -43,19 +41,6 @@ def test_crops_and_flips_act_on_both(two_regions):
         assert ((image[0] * 255 - labels).abs() < 75).float().mean() > 0.95, "but for pixels on the outline"
         both += len(labels.unique()) == 2
     assert both > 30, "crops that could tell"
-
-
-@pytest.mark.parametrize("mask_ratio", [0.3, 0.75])
-def test_whole_regions_are_removed(two_regions, mask_ratio):
-    torch.manual_seed(0)
-    crops = own_parts.LabelledCrops(*two_regions, 48)
-    labels = torch.stack([crops[index][1] for index in range(60)])
-    parts = parts_from_segmentation(labels, 6)
-    removed = PartMask().sample(60, 6, mask_ratio, parts=parts)
-    for regions, gone in zip(parts, removed, strict=True):
-        shares = [gone[regions == region].float().mean() for region in regions.unique()]
-        assert sum(0 < share < 1 for share in shares) <= 1
-    assert (removed.sum(1) == 36 - int(36 * (1 - mask_ratio))).all()
 
 
 def test_it_trains_and_draws_and_writes_label_maps_once(tmp_path):

@@ -207,22 +207,6 @@ def test_the_parts_of_a_moving_average_of_your_own(run):
     assert names["parts"].max() == 9
 
 
-def test_validations_that_can_be_compared():
-    (block,) = [block for block in blocks("docs/masks.md") if "def validate" in block]
-    names = an_evolution()
-    exec(block, names)
-    evolution, model, batches = names["evolution"], names["model"], torch.randn(3, 2, 3, 64, 64)
-    drawn = watched(evolution)
-    for names["epoch"] in (0, 2):
-        evolution.set_epoch(names["epoch"])
-        assert names["validate"](model, batches) > 0
-        torch.nn.init.normal_(model.patch_embed.proj.weight)  # so that the teacher would cut other parts
-        evolution.update()
-    assert evolution.masking.alpha < 1
-    removed = torch.stack([mask for *_, mask in drawn])
-    assert torch.equal(removed[:3], removed[3:])
-
-
 def test_the_script_of_the_quickstart_draws_its_picture(run):
     *_, names = run("docs/quickstart.md")
     assert Path("evolution.png").stat().st_size > 10_000

@@ -13,7 +13,7 @@ from test_masks import Wrapped
 from torch import nn
 from vits import MAE
 
-from maskevolve import BlockMask, EMPartitioner, EvolvingMask, GridMask, PartMask, PartTeacher, RandomMask
+from maskevolve import EMPartitioner, EvolvingMask, GridMask, PartMask, PartTeacher, RandomMask
 
 EPOCHS = 10
 FUNCTIONS = {
@@ -149,19 +149,6 @@ def test_three_stages():
     assert torch.equal(kept, kept[:, :, :1].expand_as(kept)), "whole parts in the end"
     grid = masking.set_epoch(4)(torch.randn(2, 64, 3), 0.75).mask.view(2, 4, 2, 4, 2)
     assert torch.equal(grid, grid[:, :1, :, :1].expand_as(grid)), "a grid half way"
-
-
-def test_needs_parts_of_nested_masks():
-    inner = EvolvingMask(EPOCHS, start=BlockMask(), end=PartMask(), power=lambda progress: progress - 0.5)
-    for masking in (
-        EvolvingMask(EPOCHS, end=inner),
-        EvolvingMask(EPOCHS, start=inner, end=RandomMask(), power=lambda progress: progress / 2),
-    ):
-        for epoch in range(EPOCHS):
-            masking.set_epoch(epoch)
-            assert masking.needs_parts == (epoch > 4)
-            if not masking.needs_parts:
-                assert masking(torch.randn(1, 16, 2)).mask.sum() == 12
 
 
 CASTS = {

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import vit_mae as example
-from hosts import anatomy, make_teacher, pictures
+from hosts import VIT, VIT_MAE, anatomy, make_teacher, pictures
 from test_pretrain import equal
 from transformers import (
     Trainer,
@@ -18,20 +18,18 @@ from transformers import (
     ViTMAEModel,
     ViTModel,
 )
-from vits import MAE, watch_calls
+from vits import watch_calls
 
 from maskevolve import EvolvingMask, RandomMask
 from maskevolve.integrations import apply_to_vit_mae, trainer_callback
 from maskevolve.teachers.attention import attention_affinity, attention_modules
 
-ENCODER = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
-DECODER = {f"decoder_{name}": value for name, value in {**ENCODER, "num_hidden_layers": 1}.items()}
 CLASSES = [ViTMAEForPreTraining, ViTMAEModel]
 
 
 def make(cls=ViTMAEForPreTraining, **options):
     torch.manual_seed(0)
-    return cls(ViTMAEConfig(image_size=64, patch_size=8, initializer_range=0.2, **ENCODER, **DECODER, **options))
+    return cls(ViTMAEConfig(**VIT, **VIT_MAE, **options))
 
 
 def evolve(model, epochs=4):
@@ -84,15 +82,11 @@ def test_affinity_is_what_the_model_reports_of_all_patches(cls, attention):
     torch.testing.assert_close(attention_affinity(model, images, [-1]), maps[-1].mean(1)[:, 1:, 1:])
 
 
-def test_plain_vit_of_hugging_face_is_read_too():
-    for image_size in (64, (64, 32)):
-        vit = ViTModel(ViTConfig(image_size=image_size, patch_size=8, **ENCODER))
-        images = pictures(height=64, width=64 if image_size == 64 else 32)
-        assert make_teacher(vit)(images).shape == (2, images.shape[2] * images.shape[3] // 64)
-    assert make_teacher(ViTModel(ViTConfig(image_size=64, patch_size=8, **ENCODER)))(pictures(2, 96, 48)).shape == (
-        2,
-        72,
-    )
+@pytest.mark.parametrize("image_size", [(64, 64), (64, 32)])
+def test_plain_vit_of_hugging_face_is_read_too(image_size):
+    teacher = make_teacher(ViTModel(ViTConfig(**{**VIT, "image_size": image_size})))
+    for height, width in (image_size, (96, 48)):
+        assert teacher(pictures(2, height, width)).shape == (2, height * width // 64)
 
 
 def test_images_of_several_sizes_and_batches_of_changing_size():
@@ -106,54 +100,15 @@ def test_images_of_several_sizes_and_batches_of_changing_size():
         output.loss.backward()
 
 
-@pytest.mark.parametrize("part", ["model", "encoder"])
-def test_teacher_may_be_built_from_the_encoder_alone(part):
-    model = make()
-    student = model if part == "model" else model.vit
-    evolution = apply_to_vit_mae(model, EvolvingMask(4), make_teacher(student)).set_epoch(2)
-    loss = model(pictures()).loss
-    loss.backward()
-    torch.optim.SGD(model.parameters(), 0.1).step()
-    evolution.update()
-    for ours, theirs in zip(evolution.teacher.model.module.parameters(), student.parameters(), strict=True):
-        assert torch.equal(ours, theirs), "the first update copies"
-
-
-def test_everyday_training():
-    model, images = make(), pictures()
-    evolve(model).set_epoch(2)
-    model.eval()
-    with torch.no_grad():  # a demo of reconstruction
-        assert model.unpatchify(model(images).logits).shape == images.shape
-    model.train()
-
-    torch.manual_seed(3)
-    plain = model(images).loss
-    model.gradient_checkpointing_enable()
-    torch.manual_seed(3)
-    checkpointed = model(images).loss
-    assert torch.equal(plain, checkpointed)
-    checkpointed.backward()
-
-
 def test_half_precision_model():
     model = make().bfloat16()
     evolve(model).set_epoch(2)
     assert model(pictures().bfloat16()).logits.dtype == torch.bfloat16
 
 
-def test_wrong_use_names_the_fix():
-    model = make()
-    with pytest.raises(TypeError, match="MAE is no ViTMAE of Hugging Face: pass a ViTMAEForPreTraining"):
-        apply_to_vit_mae(MAE(), RandomMask())
+def test_a_plain_vit_is_refused():
     with pytest.raises(TypeError, match="ViTModel is no ViTMAE"):
-        apply_to_vit_mae(ViTModel(ViTConfig(**ENCODER)), RandomMask())
-    wider = ViTMAEForPreTraining(ViTMAEConfig(image_size=64, patch_size=8, **{**ENCODER, "intermediate_size": 64}))
-    with pytest.raises(ValueError, match="built for another architecture"):
-        apply_to_vit_mae(model, EvolvingMask(4), make_teacher(wider))
-    evolve(model)
-    with pytest.raises(ValueError, match="already"):
-        apply_to_vit_mae(model.vit, RandomMask())
+        apply_to_vit_mae(ViTModel(ViTConfig(**VIT)), RandomMask())
 
 
 # Under the Trainer.
@@ -181,22 +136,17 @@ def make_trainer(out, *, epochs=3, count=12, resume_from=None, **options):
     return Trainer(model, args, train_dataset=Images(count), callbacks=[ours]), evolution
 
 
-def test_trainer_moves_the_epoch_and_the_teacher(tmp_path, monkeypatch):
-    trainer, evolution = make_trainer(tmp_path)
+ACCUMULATED = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2}
+
+
+@pytest.mark.parametrize(("options", "steps"), [({}, 3), (ACCUMULATED, 2)], ids=["", "accumulated"])
+def test_trainer_moves_the_epoch_and_the_teacher(tmp_path, monkeypatch, options, steps):
+    trainer, evolution = make_trainer(tmp_path, **options)
     epochs, updates = watch_calls(monkeypatch, evolution)
     trainer.train()
-    assert epochs == pytest.approx([step / 3 for step in range(9)])
-    assert len(updates) == 9
-    assert evolution.teacher.model.n_averaged == 9
+    assert epochs == pytest.approx([step / steps for step in range(3 * steps)])
+    assert len(updates) == evolution.teacher.model.n_averaged == 3 * steps
     assert evolution.masking.alpha == 1
-
-
-def test_trainer_accumulates_gradients(tmp_path, monkeypatch):
-    trainer, evolution = make_trainer(tmp_path, gradient_accumulation_steps=3, per_device_train_batch_size=2)
-    epochs, updates = watch_calls(monkeypatch, evolution)
-    trainer.train()
-    assert epochs == pytest.approx([0, 0.5, 1, 1.5, 2, 2.5])
-    assert len(updates) == 6
 
 
 def test_skipped_steps_do_not_move_the_teacher():
@@ -224,8 +174,7 @@ resumes = pytest.mark.skipif(torch.__version__ < (2, 6), reason="transformers re
 
 
 @resumes
-@pytest.mark.parametrize("step", [3, 5])
-@pytest.mark.parametrize("moved", [False, True], ids=["here", "moved"])
+@pytest.mark.parametrize(("step", "moved"), [(3, True), (5, False)], ids=["moved", "here"])
 def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path, step, moved):
     whole, expected = make_trainer(tmp_path / "whole", save_strategy="steps", save_steps=step)
     whole.train()

@@ -7,6 +7,8 @@ from photos import centre, find_photos
 from timm.models.vision_transformer import Block, PatchEmbed
 from torch import nn
 
+from maskevolve import GraphCutPartitioner, PartTeacher
+
 VARIANTS = {
     "class token": ("vit_tiny_patch16_224", {}),
     "no class token": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
@@ -83,6 +85,10 @@ class MAE(nn.Module):
         latent, mask, ids_restore = self.forward_encoder(images, mask_ratio)
         prediction = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(images, prediction, mask), prediction, mask
+
+
+def make_teacher(model, kind=PartTeacher, **options):
+    return kind(model, GraphCutPartitioner(), **{"total_epochs": 10, **options})
 
 
 def photographs(count, size):
