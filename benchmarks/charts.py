@@ -41,18 +41,24 @@ def step_time() -> Chart:
 
 def part_quality() -> Chart:
     """The adjusted Rand index of parts and people's segmentations, with its standard error."""
+    ours, small, vit = "graph cut, contrast edges", "small MAE", "vit_small_patch14_dinov2"
     shown = {
-        "one person against another": ("one person against another", ""),
-        "graph cut, the default": ("graph cut, contrast edges", "tokens"),
-        "Felzenszwalb's segments": ("Felzenszwalb", "pixels"),
-        "EM as released, on tokens": ("EM, as released", "tokens"),
-        "EM as released, on attention": ("EM, as released", "attention, all layers"),
-        "blocks of a 3 x 3 grid": ("3 x 3 blocks", "pixels"),
+        "one person against another": ("one person against another", "", "no model"),
+        "the default, of a trained ViT-S": (ours, "attention, middle third", vit),
+        "the default, of a small MAE": (ours, "attention, middle third", small),
+        "tokens before the first block": (ours, "tokens", small),
+        "EM as released, of a trained ViT-S": ("EM, as released", "attention, all layers", vit),
+        "EM as released, of a small MAE": ("EM, as released", "attention, all layers", small),
+        "Felzenszwalb's segments": ("Felzenszwalb", "pixels", "no model"),
+        "blocks of a 3 x 3 grid": ("3 x 3 blocks", "pixels", "no model"),
     }
     chart: Chart = {}
-    for panel, column in {"100 pictures of BSDS500 test": "bsds/test", "100 pictures of COCO": "coco"}.items():
-        of_column = (row for row in read("part_quality")["rows"] if row["column"] == column)
-        rows = {(row["name"], row["source"]): (row["index"], row["index_error"]) for row in of_column}
+    panels = {"objects, BSDS500 test": "bsds/test", "objects, COCO": "coco", "parts of people, CCP test": "ccp/test"}
+    for panel, column in panels.items():
+        of_column = [row for row in read("part_quality")["rows"] if row["column"] == column]
+        rows = {
+            (row["name"], row["source"], row["model"]): (row["index"], row["index_error"]) for row in of_column
+        }
         found = {label: rows[name] for label, name in shown.items() if name in rows}
         chart[panel] = {label: [index, index - error, index + error] for label, (index, error) in found.items()}
     return chart

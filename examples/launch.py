@@ -46,7 +46,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--mask", choices=[*MASKS, "own"], default="evolving", help="own: what the script does without us")
     add("--num-parts", type=int, nargs=2, default=(40, 10), help="in the first and the last epoch (default: 40 10)")
     add("--ema-decay", type=float, default=0.9999, help="of the teacher, a step (short runs want less than 0.9999)")
-    read = "attention layers that the teacher reads (default: none, but tokens before the first block)"
+    read = "attention layers that the teacher reads (default: the middle third, every second patch)"
     add("--layers", type=int, nargs="+", help=read)
     return parser
 
@@ -69,7 +69,7 @@ def evolve(
     teacher = None
     if options.mask in ("part", "evolving"):
         settings = {"num_parts": tuple(options.num_parts), "decay": options.ema_decay}
-        settings["layers"] = options.layers or "tokens"
+        settings["layers"] = options.layers or "middle"
         teacher = PartTeacher(model, GraphCutPartitioner(), total_epochs=epochs, **settings)
     evolution = apply(model, masking, teacher)
     evolution.follow(optimizer)

@@ -11,7 +11,7 @@ from test_pretrain import equal
 from torch import nn
 from torch.multiprocessing import ProcessExitedException
 from torchvision.utils import save_image
-from vits import MAE, make_vit, make_teacher, photographs
+from vits import MAE, make_teacher, make_vit, photographs
 
 from maskevolve import EvolvingMask, GridMask, RandomMask
 from maskevolve.integrations import Evolution, apply_to_mae
