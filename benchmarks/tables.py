@@ -95,7 +95,7 @@ def teachers() -> str:
 
 
 def parts() -> str:
-    """Agreement with people on real pictures, by row: index with its standard error, and what the index does not see."""
+    """Agreement with people on real pictures, by row: the index with its standard error, and other measures."""
 
     def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
         found = {}
