@@ -56,9 +56,7 @@ def part_quality() -> Chart:
     panels = {"objects, BSDS500 test": "bsds/test", "objects, COCO": "coco", "parts of people, CCP test": "ccp/test"}
     for panel, column in panels.items():
         of_column = [row for row in read("part_quality")["rows"] if row["column"] == column]
-        rows = {
-            (row["name"], row["source"], row["model"]): (row["index"], row["index_error"]) for row in of_column
-        }
+        rows = {(row["name"], row["source"], row["model"]): (row["index"], row["index_error"]) for row in of_column}
         found = {label: rows[name] for label, name in shown.items() if name in rows}
         chart[panel] = {label: [index, index - error, index + error] for label, (index, error) in found.items()}
     return chart

@@ -17,8 +17,8 @@ from maskevolve import EvolvingMask, FrozenTeacher, GraphCutPartitioner
 
 HOME = Path(__file__).parents[1]
 sys.path.append(str(HOME / "examples"))
-from photos import find_photos
-from pretrain import draw_method, normalize, photographs
+from photos import find_photos  # noqa: E402
+from pretrain import draw_method, normalize, photographs  # noqa: E402
 
 EPOCHS, SHOWN, PHOTOS, GRID = 30, (0, 10, 19, 29), 3, 16
 

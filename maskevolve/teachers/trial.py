@@ -174,10 +174,10 @@ def prefix_length(model: nn.Module, images: Tensor, tokens: int, stride: int = 1
     (height, width), trial = (len(every(side, stride)) for side in patch_grid(model, images)), trial_of(model, images)
     prefix, attends = tokens - height * width, f"{type(model).__name__} attends over {tokens} tokens"
     patches = f"{height} x {width} patches of images of shape {list(images.shape)}"
-    if prefix < 0:
-        raise ValueError(f"{attends}, fewer than the {patches}: does it drop patches (masking, patch_drop_rate)?")
     if trial.problem:
         raise ValueError(trial.problem)
+    if prefix < 0:
+        raise ValueError(f"{attends}, fewer than the {patches}: does it drop patches (masking, patch_drop_rate)?")
     if prefix not in trial.prefixes:
         should = f"{attends}, but should over {' or '.join(map(str, sorted(trial.prefixes)))} and the {patches}"
         raise ValueError(f"{should}: set model.patch_embed.patch_size (in pixels), or choose another image size")
