@@ -55,8 +55,8 @@ def test_majority_takes_the_most_frequent_label():
 
 
 def test_a_folder_is_read_with_one_person_or_several(tmp_path: Path):
-    for name in ("a", "b", "c"):
-        Image.new("RGB", (12, 8), (255, 0, 0)).save(tmp_path / f"{name}.jpg")
+    for name, size in {"a": (12, 8), "b": (12, 8), "c": (8, 12)}.items():
+        Image.new("RGB", size, (255, 0, 0)).save(tmp_path / f"{name}.jpg")
     save_labels(tmp_path / "a.png", [0, 0, 3, 3])
     save_labels(tmp_path / "b_a0.png", [0, 0, 3, 3])
     save_labels(tmp_path / "b_a1.png", [1, 1, 1, 1])
@@ -66,6 +66,17 @@ def test_a_folder_is_read_with_one_person_or_several(tmp_path: Path):
     assert a.image.shape == (3, 4, 4)
     assert [person[0].tolist() for person in a.people] == [[UNLABELLED, UNLABELLED, 3, 3]]
     assert [person[0].tolist() for person in b.people] == [[0, 0, 3, 3], [1, 1, 1, 1]]
+
+
+def test_pictures_of_one_shape_are_read_whole_and_pieces_are_numbered(tmp_path: Path):
+    Image.new("RGB", (32, 48), (255, 0, 0)).save(tmp_path / "a.jpg")
+    labels = np.zeros((48, 32), dtype=np.uint8)
+    labels[:8], labels[-8:], labels[20:28, :8] = 7, 7, 2
+    Image.fromarray(labels).save(tmp_path / "a.png")
+    (found,) = read_folder(tmp_path, 32, by_piece=True)
+    assert found.image.shape == (3, 48, 32)
+    assert sorted(np.unique(found.people[0])) == [UNLABELLED, 1, 2, 3]
+    assert len({found.people[0][0, 0], found.people[0][-1, 0], found.people[0][24, 0]}) == 3
 
 
 def test_a_folder_without_labels_is_refused(tmp_path: Path):

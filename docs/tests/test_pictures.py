@@ -17,10 +17,9 @@ from photos import centre, find_photos
 from PIL import Image
 from skimage.segmentation import slic
 
-from maskevolve import EvolvingMask, GraphCutPartitioner, RandomMask, parts_from_segmentation
+from maskevolve import EvolvingMask, RandomMask, parts_from_segmentation
 from maskevolve.integrations import apply_to_timm
 from maskevolve.masks import fixed_masks
-from maskevolve.teachers import token_affinity
 
 DOCS = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
@@ -162,17 +161,6 @@ def test_a_pixel_has_the_smallest_mask_that_holds_it(seed, count):
         if label:
             same = [mask for mask in masks if mask[row, column] and mask.sum() == sizes[holding].min()]
             assert any(not (mask & (labels.numpy() < label)).any() for mask in same), "none smaller lies below it"
-
-
-def test_how_many_parts_photographs_have():
-    torch.manual_seed(0)
-    wanted = ("astronaut", "chelsea", "coffee", "rocket", "flower", "china")
-    images = torch.stack([centre(path, 224) for path in find_photos(None) if path.stem in wanted])
-    vit = timm.create_model("vit_tiny_patch16_224", depth=1).eval()
-    tree = GraphCutPartitioner().hierarchy(token_affinity(vit, images), 40, images=images)
-    assert (tree.cut(10).amax(1) == 9).all()
-    assert tree.cut(40).amax(1).max() < 35
-    assert len(images) == 6
 
 
 def thumbnail(path):

@@ -197,6 +197,8 @@ def check_shape(shape: Shape, before: Shape | None) -> None:
 def check_affinity(model: nn.Module, layers: Sequence[int] | str | None) -> None:
     """Refuse a model of which `layers`, "middle" or "tokens", could not be read in training, by what its trial told."""
     attention, trial = attention_modules(model, None if layers == "tokens" else layers), trial_of(model)
+    if trial.problem:
+        raise ValueError(trial.problem)
     tokens, before = trial.tokens, None
     for name, _ in () if layers == "tokens" else attention:
         shape = trial.shapes[name]
