@@ -83,6 +83,18 @@ def test_parts_do_not_wait_for_the_gpu_and_are_those_of_the_cpu(images):
     assert different.float().mean() < 0.01, "rounding of features may move a few patches"
 
 
+@pytest.mark.parametrize("stride", [2, 3])
+def test_the_affinity_of_every_few_patches_needs_no_wait_and_gives_the_parts_of_the_cpu(stride):
+    size, images = len(range(13 % stride // 2, 14, stride)), photographs(16, 224)
+    _, affinity = planted_attention(16, size, size, 6, strength=0.5, noise=1, heads=4)
+    partitioner, on_gpu, pictures = GraphCutPartitioner(), affinity.cuda(), images.cuda()
+    partitioner(on_gpu, 10, (14, 14), pictures, stride)  # compiles
+    with no_host_sync():
+        parts = partitioner(on_gpu, 10, (14, 14), pictures, stride)
+    different = parts.cpu() != GraphCutPartitioner()(affinity, 10, (14, 14), images, stride)
+    assert different.float().mean() < 0.01, "rounding of features may move a few patches"
+
+
 def test_edges_from_contrast_have_the_bits_of_the_cpu():
     images = photographs(16, 224)
     expected, ours = (contrast_edges(patch_sums(x, (14, 14))[0], (14, 14), 16) for x in (images, images.cuda()))

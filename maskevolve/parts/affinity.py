@@ -63,7 +63,7 @@ def interpolate(affinity: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
 
     Linear along rows and columns, times stride ** 4: whole numbers stay whole numbers.
     """
-    rows, columns = (_weights(side, stride).to(affinity) for side in grid)
+    rows, columns = (_weights(side, stride, affinity) for side in grid)
     for _ in range(2):  # from the rows of the matrix, then from its columns
         cells = affinity.unflatten(1, (rows.shape[1], columns.shape[1]))
         cells = torch.einsum("Hh,bhwn->bHwn", rows, cells)
@@ -71,11 +71,12 @@ def interpolate(affinity: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
     return affinity
 
 
-def _weights(size: int, stride: int) -> Tensor:
+def _weights(size: int, stride: int, like: Tensor) -> Tensor:
     """Of every stride-th of `size` patches of a side, in each of them: [size, n] whole numbers, `stride` a row."""
-    kept = torch.tensor(every(size, stride))
-    place = torch.arange(size).clamp(kept[0], kept[-1])
-    return (stride - (place[:, None] - kept).abs()).clamp(min=0)
+    kept = every(size, stride)
+    place = torch.arange(size, device=like.device).clamp(kept[0], kept[-1])
+    apart = place[:, None] - torch.arange(kept.start, kept.stop, stride, device=like.device)
+    return (stride - apart.abs()).clamp(min=0).to(like.dtype)
 
 
 def strided_grid(patches: int, grid_size: GridSize | None, stride: int) -> tuple[int, int]:

@@ -41,7 +41,8 @@ def every_few_patches(model: nn.Module, images: Tensor, stride: int) -> Iterator
             "larger images"
         )
     count, prefixes = grid[0] * grid[1], {0, *trial_of(model).prefixes}
-    rows, columns = (torch.tensor(every(side, stride), device=images.device) for side in grid)
+    sides = (every(side, stride) for side in grid)
+    rows, columns = (torch.arange(side.start, side.stop, stride, device=images.device) for side in sides)
     kept = (rows[:, None] * grid[1] + columns).flatten()
 
     def pick(value: Any) -> Any:
