@@ -157,7 +157,7 @@ class _Teacher(nn.Module):
             if self.must_stride:
                 raise ValueError(f"{what}: pass stride=1 in place of stride={self.stride}") from error
             self.stride = 1
-            warnings.warn(f"{what}: this teacher reads all of them, as with stride=1, at a higher cost", stacklevel=4)
+            warnings.warn(f"{what}: this teacher reads all of them, as with stride=1, at a higher cost", stacklevel=3)
         trials[model] = trial_of(copy)
         trials[copy] = trials[model]._replace(size=0)  # which nobody changes
         return copy
