@@ -177,7 +177,7 @@ def known() -> str:
   {index(*default)}, with a well-trained ViT-S {index(*default, trained)}.
   EM on the attention of all layers, as the paper's authors released it, has
   {index("EM, as released", "attention, all layers")}, and {index("EM, as released", "attention, all layers", trained)}.
-  Reading tokens before the first block, which costs least, has {index(*tokens)}, and
+  Reading tokens before the first block has {index(*tokens)}, and
   {index(*tokens, trained)}. Without a model, colour and position have
   {index(default[0], "colour and position", "no model")}, and Felzenszwalb's segments, which are more and smaller,
   {index("Felzenszwalb", "pixels", "no model")}."""

@@ -108,6 +108,19 @@ def test_hosts_are_read_so_by_default_and_no_layer_too_many_runs(host, kind):
     assert teacher(images[:0]).shape == (0, 64)
 
 
+def test_as_many_tokens_are_left_as_there_are_patches():
+    """Four of 3 x 3 patches, and five tokens before them."""
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, image_size=24, patch_size=8
+    )
+    dinov3 = transformers.DINOv3ViTModel(config)
+    eva = timm.create_model("vit_small_patch16_dinov3", depth=3, img_size=48, dynamic_img_size=True, num_classes=0)
+    for model, size in ((dinov3, 24), (eva, 48)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert make_teacher(model)(photographs(2, size)).shape == (2, 9)
+
+
 @pytest.mark.parametrize("size", [(56, 104), (8, 128), (128, 8), (24, 24), (16, 64), (16, 16), (8, 8)])
 def test_grids_of_every_size(size):
     teacher = make_teacher(HOSTS["timm"](), num_parts=(6, 6))
@@ -144,8 +157,10 @@ def test_blocks_that_know_where_all_patches_lie(kind):
         teacher = make_teacher(beit, kind)
     assert len(caught) == 1
     assert torch.equal(teacher(images), make_teacher(beit, kind, stride=1)(images))
-    with pytest.raises(ValueError, match="pass stride=1 in place of stride=2"):
+    with pytest.raises(ValueError, match=r"the blocks of Beit.*pass stride=1"):
         make_teacher(beit, kind, stride=2)
+    with pytest.raises(ValueError, match=r"the blocks of Beit.*pass stride=1"):
+        attention_affinity(beit.eval(), images, "middle", 2)
 
 
 class Linear(nn.Module):

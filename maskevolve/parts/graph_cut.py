@@ -100,7 +100,10 @@ class GraphCutPartitioner(Partitioner):
         images: Tensor | None = None,
         stride: int = 1,
     ) -> PartHierarchy:
-        """Every nested partition of one solve, as `forward`: ``.cut(K)`` has at most K parts, for K up to num_parts."""
+        """Every nested partition of one solve, as `forward`: ``.cut(K)`` has at most K parts, for K up to num_parts.
+
+        A solve for more parts goes deeper, so that its cut(K) may differ from that of a solve for K.
+        """
         num_parts, affinity = check_num_parts(num_parts, self.num_parts), self.clean(affinity)
         with torch.autocast(affinity.device.type, enabled=False):
             affinity = affinity + affinity.mT

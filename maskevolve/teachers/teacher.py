@@ -22,7 +22,7 @@ from .average import move_average, refuse_sharded, tensors_of, unwrap
 from .encoder import is_fatal, read_lock, untouched, without_hooks
 from .host_method import restore_methods
 from .patch_grid import patch_grid, whole_patches
-from .stride import check_stride, leaves_enough
+from .stride import check_left, check_stride, leaves_enough
 from .trial import check_affinity, trial_of, trials
 
 Layers = Sequence[int] | Literal["middle", "tokens"] | None
@@ -130,6 +130,7 @@ class _Teacher(nn.Module):
             model, dtypes, images = self._model_for(images)
             grid = patch_grid(model, images)
             stride = self.stride if self.must_stride or leaves_enough(grid, self.stride) else 1
+            check_left(grid, stride)
             how = {"grid_size": grid, **({"images": whole_patches(model, images)} if self.wants_images else {})}
             how |= {"stride": stride} if self.knows_stride else {}
             if not len(images):
@@ -153,11 +154,10 @@ class _Teacher(nn.Module):
                 raise type(error)(f'{error} With layers="tokens" it can be read.') from error
             raise error
         if self.stride > 1 and (error := _problem(copy, self.layers, self.stride)):
-            what = f"the blocks of {type(model).__name__} cannot do with every few patches ({error})"
             if self.must_stride:
-                raise ValueError(f"{what}: pass stride=1 in place of stride={self.stride}") from error
+                raise error
             self.stride = 1
-            warnings.warn(f"{what}: this teacher reads all of them, as with stride=1, at a higher cost", stacklevel=3)
+            warnings.warn(f"{error}. This teacher does so, and reads all patches at a higher cost", stacklevel=3)
         trials[model] = trial_of(copy)
         trials[copy] = trials[model]._replace(size=0)  # which nobody changes
         return copy
@@ -171,6 +171,9 @@ class _Teacher(nn.Module):
             super().load_state_dict(tensors)
             vars(self).update(others)
             raise
+
+    def extra_repr(self) -> str:
+        return f"num_parts={self.num_parts}, layers={self.layers!r}, stride={self.stride}"
 
     def train(self: Self, mode: bool = True) -> Self:
         """Stays in eval mode, whatever is asked: a teacher has no dropout."""
@@ -199,8 +202,8 @@ class PartTeacher(_Teacher):
         decay: of the moving average, for each update, in [0, 1]; short runs want less than 0.9999. At 1, none moves it.
         layers: what is read from the average: "middle", the attention of the middle third of its layers; None, that of
             all layers, the published way; a list, that of these, counted from 0 or, below 0, from the end; "tokens",
-            the tokens before its first block (`token_affinity`), which cost least and know colours only. What comes
-            after the last layer that is read is not computed.
+            the tokens before its first block (`token_affinity`), which are least to read and know colours only. What
+            comes after the last layer that is read is not computed.
         stride: which patches the average sees: every stride-th one in each direction. Where None, 2 for the "middle",
             which then costs a quarter, and 1, all of them, for anything else, for a model that cannot do with fewer
             (one warning says so) and for images with two patches along a side.
