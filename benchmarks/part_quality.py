@@ -3,11 +3,12 @@
 Every row asks for 10 parts. Rows of the same source cut the same affinities; only edges from contrast see the picture
 besides. Two ViTs give tokens and attention: a small MAE, and any of timm that is at hand.
 
-python benchmarks/part_quality.py --data ../shared/data --vit vit_small_patch14_dinov2.pt   # 15 minutes on 2 cores
+python benchmarks/part_quality.py --data ../shared/data --vit vit_small_patch14_dinov2.pt   # half an hour on 2 cores
 python benchmarks/part_quality.py --data ../shared/data --images 10                   # a trial: results go to --out
 python benchmarks/part_quality.py --data MY/PICTURES --columns indoors outdoors       # your own
 
-A column is a folder of pictures with label maps. Pictures of one shape are used whole, the middle square of others.
+A column is a folder of pictures with label maps. Pictures of one shape are used whole, the middle square of others. In
+columns whose name begins with "ccp", each connected piece of a label is a part.
 
     DATA/COLUMN/NAME.jpg                         a picture
     DATA/COLUMN/NAME.png                         its label map, 8 or 16 bits: 0 is unlabelled and left out; or
@@ -121,7 +122,7 @@ def timm_vit(path: Path) -> nn.Module:
 def read_columns(
     folder: Path, title: str, limit: int | None, models: dict[str, nn.Module], device: str
 ) -> list[Column]:
-    """The column for each model; the first has the colours, too."""
+    """The column for each model, and one without a model."""
     found = read_folder(folder, SHORT_SIDE * PIXELS_A_PATCH, by_piece=title.startswith("ccp"))[:limit]
     pictures = torch.stack([picture.image for picture in found])
     grid = (pictures.shape[2] // PIXELS_A_PATCH, pictures.shape[3] // PIXELS_A_PATCH)

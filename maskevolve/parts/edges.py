@@ -5,8 +5,8 @@ They are [B, 8, N] int32, towards the neighbours in the order of `mincut.OFFSETS
 terminals of a part. A `grid` is (H, W) in patches, with H * W = N.
 
 Contrast is in whole numbers up to a last few operations on single elements, which IEEE 754 rounds alike everywhere:
-so no edge depends on the device, the batch, the order of the channels, or the scale and offset of their values. Nor
-does a border without data or a black bar change how contrast within the rest of the picture is measured.
+so no edge depends on the device, the batch, the order of the channels, or the scale and offset of their values.
+Outliers, such as a border without data, are left out where contrast is measured.
 """
 
 import einops

@@ -364,7 +364,7 @@ def _problem(model: nn.Module, layers: Layers, stride: int = 1) -> Exception | N
     try:
         check_affinity(model, layers)
         if stride > 1:
-            weight = next(weight for weight in model.parameters() if weight.is_floating_point())
+            weight = next((each for each in model.parameters() if each.is_floating_point()), torch.empty(()))
             with untouched(model):
                 picture = torch.rand(1, *trial_of(model).pictures[1:]).to(weight)
                 if leaves_enough(patch_grid(model, picture), stride):
