@@ -131,6 +131,7 @@ class _Teacher(nn.Module):
             grid = patch_grid(model, images)
             stride = self.stride if self.must_stride or leaves_enough(grid, self.stride) else 1
             check_left(grid, stride)
+            stride = stride if len(images) else 1  # nothing is read of an empty batch
             how = {"grid_size": grid, **({"images": whole_patches(model, images)} if self.wants_images else {})}
             how |= {"stride": stride} if self.knows_stride else {}
             if not len(images):
