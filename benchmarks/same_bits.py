@@ -1,67 +1,58 @@
-"""10,000 random grids, cut by every solver: do all give the same bits?
+"""Random grids of 1 x 1 to 64 x 64 and those of photographs, cut by every solver: do all give the same bits?
 
-python benchmarks/same_bits.py --device cuda    # all solvers on all grids
-python benchmarks/same_bits.py --device cpu     # the kernel is interpreted, on a share of the grids, for that is slow
+python benchmarks/same_bits.py --device cuda    # 60,000 random grids by all solvers but torch, which has a share
+python benchmarks/same_bits.py --device cpu     # 10,000; the kernel is interpreted, on a few: it takes minutes for one
 """
 
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Iterator
+
+from interpreted import interpret
 
 if "cuda" not in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+    interpret()
 
 import json
 import platform
 
 import common
 import torch
-from torch import Tensor
+from grids import KINDS, Grids, photograph_grids, random_grids
 from tqdm import tqdm
 
 from maskevolve.parts.mincut import grid_min_cut
 
-BATCHES, BATCH_SIZE, LARGEST_SIDE = 1250, 8, 32
-INTERPRETED = 10  # of every so many batches, one grid
-KINDS = ("plain", "zero", "equal", "huge", "sparse", "no source", "no sink", "walls")
+BATCH_SIZE, LARGEST_SIDE = 8, 64
+BATCHES = {"cpu": 1250, "cuda": 7500}
+PHOTOGRAPHS = (14, 16, 28, 37, 48, 64)
+ONE_IN = {  # so many batches, of which the first grid is cut
+    "cpu": {"torch": 20, "triton": 100},
+    "cuda": {"torch": 100},
+}
 
 
-def random_grids(kind: str, draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Grids of one size and one kind: source, sink and capacity as for `grid_min_cut`."""
-    height, width = torch.randint(1, LARGEST_SIDE + 1, (2,), generator=draws).tolist()
-    largest = {"zero": 0, "huge": 2**31 - 1}.get(kind, 10 ** int(torch.randint(1, 7, (), generator=draws)))
-
-    def draw(*shape: int) -> Tensor:
-        values = torch.randint(largest + 1, shape, generator=draws)
-        if kind == "equal":
-            values = torch.full_like(values, largest)
-        if kind == "sparse":
-            values *= torch.rand(shape, generator=draws) < 0.15
-        return values.int()
-
-    source, sink = draw(BATCH_SIZE, height, width), draw(BATCH_SIZE, height, width)
-    capacity = draw(BATCH_SIZE, 8, height, width)
-    if kind == "no source":
-        source.zero_()
-    if kind == "no sink":
-        sink.zero_()
-    if kind == "walls":  # columns that nothing leaves: nodes that cannot be reached
-        capacity[..., ::3] = 0
-    return source, sink, capacity
+def all_grids(device: str) -> Iterator[tuple[int, Grids]]:
+    """Batches, and the number of each among its like. Small grids are as many as large ones."""
+    draws = torch.Generator().manual_seed(0)
+    for index in range(BATCHES[device]):
+        height, width = (int(LARGEST_SIDE ** float(torch.rand((), generator=draws))) for _ in range(2))
+        yield index, random_grids(KINDS[index % len(KINDS)], height, width, draws, BATCH_SIZE)
+    for side in PHOTOGRAPHS:
+        for grids in photograph_grids(side, 1 if device == "cpu" else BATCH_SIZE):
+            yield 0, grids
 
 
 def main() -> None:
     args = common.parse_args(__doc__)
-    draws = torch.Generator().manual_seed(0)
-    compared, different = (dict.fromkeys(("scipy", "torch", "triton"), 0) for _ in range(2))
-    for index in tqdm(range(BATCHES)):
-        grids = random_grids(KINDS[index % len(KINDS)], draws)
+    solvers = ("scipy", "torch", "triton")
+    compared, different = (dict.fromkeys(solvers, 0) for _ in range(2))
+    for index, grids in tqdm(all_grids(args.device), total=BATCHES[args.device] + 6 * len(PHOTOGRAPHS)):
         expected = grid_min_cut(*grids, solver="pymaxflow")
-        for solver in compared:
-            some = grids
-            if solver == "triton" and args.device == "cpu":
-                some = tuple(tensor[: int(index % INTERPRETED == 0)] for tensor in grids)
+        for solver in solvers:
+            one_in = ONE_IN[args.device].get(solver, 1)
+            some = tuple(tensor if one_in == 1 else tensor[: int(index % one_in == 0)] for tensor in grids)
             cut = grid_min_cut(*(tensor.to(args.device) for tensor in some), solver=solver).cpu()
             compared[solver] += len(cut)
             different[solver] += int((cut != expected[: len(cut)]).flatten(1).any(1).sum())

@@ -57,7 +57,7 @@ def note_launches(monkeypatch, module, name, error=None, wrong=None, silent=Fals
             raise error
         if not silent:
             kernel[grid](*args, **options)
-        if wrong:
+        if wrong and len(calls) == 1:
             args[wrong].view(-1)[0] = 1 - args[wrong].view(-1)[0].int()
 
     monkeypatch.setattr(module, name, MagicMock(**{"__getitem__.side_effect": lambda grid: partial(launch, grid)}))
@@ -81,10 +81,10 @@ def test_kernels_are_launched_on_the_device_of_their_tensors_and_fuse_no_floats(
     parts = split.TritonParts(torch.zeros(70_000, 1, 1))
     parts.terminals()
     parts.split(torch.zeros(70_000, 1, dtype=torch.bool))
-    assert (0, 1) in zip(inside[::2], inside[1::2], strict=True)
-    (grid, options), *others = calls
-    assert grid[0] == 70_000, "dimensions of a grid after the first end at 65,535"
-    assert (options["enable_fp_fusion"], others) == (False, [])
+    assert any(before < after for before, after in zip(inside[::2], inside[1::2], strict=True))
+    assert all(grid[0] == 70_000 for grid, _ in calls), "dimensions of a grid after the first end at 65,535"
+    assert not any(options["enable_fp_fusion"] for _, options in calls)
+    assert len(calls) == (2 if name == "_min_cut_kernel" else 1), "cuts in 32 bits, and in 64"
 
 
 def test_kernels_compile_for_a_gpu():
@@ -100,7 +100,7 @@ def test_kernels_compile_for_a_gpu():
     assert {row["kernel"] for row in rows} == set(KERNELS)
     assert all(row["fits"] and row["spill_stores"] == 0 for row in rows)
     needs = [{key: row[key] for key in ("registers", "shared")} for row in rows if row["kernel"] == "_min_cut_kernel"]
-    assert needs[0] == needs[1]
+    assert needs[:2] == needs[2:], "in 32 bits, and in 64"
 
 
 @pytest.fixture

@@ -5,11 +5,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from grids import KINDS, random_grids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
+from maskevolve.parts import kernel_trial, mincut
 from maskevolve.parts.mincut import OFFSETS, grid_min_cut
 from maskevolve.parts.mincut.kernel import min_cut as triton_min_cut
 
@@ -101,10 +103,33 @@ def test_kernel_returns_the_same_bits_whatever_its_bound(rounds, height, width, 
     assert torch.equal(triton_min_cut(*grid, rounds=rounds), grid_min_cut(*grid, solver="torch"))
 
 
-def test_larger_grids_go_to_the_torch_solver_and_a_cpu_does_not_run_the_kernel(monkeypatch):
-    grid = random_grid(33, 32, 100, 0.2, seed=0)
-    monkeypatch.setattr("maskevolve.parts.mincut.kernel._min_cut_kernel", None)
-    assert torch.equal(grid_min_cut(*grid, solver="triton"), grid_min_cut(*grid, solver="pymaxflow"))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("height", "width", "band"), [(6, 7, 1024), (9, 5, 32), (2, 13, 32)])
+def test_easy_and_hard_grids_give_the_same_bits_in_one_band_and_in_many(kind, height, width, band):
+    """With sums that fit 32 bits and, but for kinds of small numbers, with sums that do not, in one batch."""
+    grid = random_grids(kind, height, width, torch.Generator().manual_seed(height), batch_size=2)
+    for tensor in grid:
+        tensor[1] %= 10
+    expected = grid_min_cut(*grid, solver="pymaxflow")
+    assert torch.equal(triton_min_cut(*grid, band=band), expected)
+    assert torch.equal(grid_min_cut(*grid, solver="scipy"), expected)
+
+
+@pytest.mark.parametrize("solver", ["triton", "auto"])
+@pytest.mark.parametrize("installed", [True, False], ids=["PyMaxflow", "SciPy"])
+def test_grids_beyond_the_kernel_are_cut_on_the_host(solver, installed, monkeypatch):
+    """By the solver that "auto" takes on a CPU, and not by plain torch, which is slow; on a GPU too."""
+    grid = random_grid(65, 64, 100, 0.2, seed=0)
+    for name in ("kernel", "plain", *(["pymaxflow"] if not installed else [])):
+        monkeypatch.setattr(f"maskevolve.parts.mincut.{name}.min_cut", None)
+    monkeypatch.setattr(mincut, "find_spec", lambda name: installed)
+    monkeypatch.setattr(kernel_trial, "kernel_works", lambda *args: True)
+    cut = grid_min_cut(*grid, solver=solver)
+    monkeypatch.undo()
+    assert torch.equal(cut, grid_min_cut(*grid, solver="scipy" if installed else "pymaxflow"))
+
+
+def test_a_cpu_does_not_run_the_kernel(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="GPU"):
         grid_min_cut(*random_grid(3, 3, 9, 0, seed=0), solver="triton")

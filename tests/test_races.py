@@ -20,8 +20,8 @@ pytestmark = [
 ]
 
 
-def cut(height, width, sparse=0.3):
-    mincut.min_cut(*random_grid(height, width, 50, sparse, seed=height, batch_size=2))
+def cut(height, width, sparse=0.3, band=1024):
+    mincut.min_cut(*random_grid(height, width, 50, sparse, seed=height, batch_size=2), band=band)
 
 
 def tree(patches, levels=2):
@@ -36,9 +36,16 @@ def barriers_of(module):
     return [(module.__file__, max(first, 1) + i) for i, line in enumerate(lines) if "tl.debug_barrier()" in line]
 
 
-CUTS = [(cut, (1, 1)), (cut, (1, 9)), (cut, (6, 6, 0)), (cut, (14, 14, 0.9)), (cut, (32, 32, 0.97))]
+CUTS = [
+    (cut, (1, 1)),
+    (cut, (1, 9)),
+    (cut, (6, 6, 0)),
+    (cut, (14, 14, 0.9)),
+    (cut, (32, 32, 0.97)),
+    (cut, (12, 4, 0.8, 32)),
+]
 TREES = [(tree, (1,)), (tree, (20, 3)), (tree, (49,)), (tree, (196, 1))]
-BARRIERS = {mincut: lambda: cut(2, 3), split: lambda: tree(49, levels=1)}
+BARRIERS = {mincut: lambda: cut(12, 4, 0.8, band=32), split: lambda: tree(49, levels=1)}
 EACH = [(module, barrier) for module in BARRIERS for barrier in barriers_of(module)]
 
 

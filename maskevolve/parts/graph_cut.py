@@ -37,7 +37,7 @@ class GraphCutPartitioner(Partitioner):
     Memory: about 24 bytes for each pair of patches of an image beside the affinity, 28 where float32 products may be
     rounded (TF32); so 236 MB for 256 images of 14 x 14 patches. With images, and given back before that: up to 17 bytes
     for each value of the images and 500 for each patch and channel; so 0.7 GB for 256 of 3 x 224 x 224.
-    On a GPU with Triton, up to 1024 patches: no wait of the host, so that a CUDA graph can hold the call.
+    On a GPU with Triton, up to 4096 patches: no wait of the host, so that a CUDA graph can hold the call.
 
     Examples:
         >>> affinity = torch.block_diag(torch.ones(8, 8), torch.ones(8, 8))[None]  # two halves of a 4 x 4 grid

@@ -1,4 +1,4 @@
-"""Whether a Triton kernel may run: each is tried once on each GPU, and plain torch stands in where it fails."""
+"""Whether a Triton kernel may run: each is tried once on each GPU, and something slower stands in where it fails."""
 
 import os
 import warnings
@@ -9,6 +9,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+MOST_PATCHES = 4096  # of an image, that kernels take
 OFF = os.environ.get("MASKEVOLVE_KERNELS") == "0"
 _worked: dict[str, bool] = {}
 _lock = Lock()
@@ -33,7 +34,7 @@ def kernel_works(kernel: str, device: torch.device, trial: Callable[[torch.devic
         if place not in _worked:
             _worked[place] = not (failure := _failure(trial, device))
             if failure:
-                slower = f"the kernel for {place} is not used, plain torch is, which is slower: {failure}"
+                slower = f"the kernel for {place} is not used, and what stands in for it is slower: {failure}"
                 warnings.warn(f"{slower}. MASKEVOLVE_KERNELS=0 turns kernels off, and this warning.", stacklevel=3)
         return _worked[place]
 

@@ -25,9 +25,10 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
         capacity: [B, 8, H, W] int32 >= 0, capacity from each node to its neighbour in the directions E, W, S, N, SE,
             NW, SW, NE. What leaves the grid is ignored.
         solver: "pymaxflow" (CPU; PyMaxflow is under the GPL and is imported only here), "scipy" (CPU), "torch" (any
-            device), "triton" (a GPU; the host does not wait, but grids of more than 1024 nodes go to torch, where it
-            does), or "auto": on a CPU pymaxflow where it is installed, else scipy; on a GPU triton where it is
-            installed and, tried once, gives the bits of torch (MASKEVOLVE_KERNELS=0 turns it off); else torch.
+            device), "triton" (a GPU; the host does not wait), or "auto". That is triton on a GPU where it is installed
+            and, tried once, gives the bits of torch (MASKEVOLVE_KERNELS=0 turns it off), for grids of up to 4096
+            nodes; else, and in place of triton for larger grids, pymaxflow where it is installed, or scipy. On a GPU
+            these two copy the grids to the host and wait.
 
     Returns:
         [B, H, W] bool, on the device of `source`: True on the sink's side. That set is the same for every maximum flow,
@@ -61,12 +62,15 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
         return source > 0
     if source.device.type == "cpu" and (least := min(int(tensor.min()) for tensor in tensors)) < 0:
         raise ValueError(f"capacities must not be negative, but one is {least}")
-    if solver == "auto":  # the fastest that runs where the tensors are
-        on_cpu = "pymaxflow" if find_spec("maxflow") else "scipy"
-        by_kernel = kernel_trial.kernel_works("min cuts", source.device, _small_cuts)
-        solver = "triton" if by_kernel else on_cpu if source.device.type == "cpu" else "torch"
-    elif solver == "triton" and kernel_trial.OFF:
+    if solver == "triton" and kernel_trial.OFF:
         raise ValueError('solver="triton" is turned off by MASKEVOLVE_KERNELS=0: use solver="auto"')
+    fits = source[0].numel() <= kernel_trial.MOST_PATCHES
+    if solver == "auto" and fits and kernel_trial.kernel_works("min cuts", source.device, _small_cuts):
+        solver = "triton"
+    elif solver == "auto" or (
+        solver == "triton" and not fits
+    ):  # on a GPU too: torch is slower than the way to the host
+        solver = "pymaxflow" if find_spec("maxflow") else "scipy"
     try:
         module = import_module({"torch": ".plain", "triton": ".kernel"}.get(solver, f".{solver}"), __package__)
         cut: Tensor = module.min_cut(source, sink, capacity)

@@ -1,6 +1,7 @@
 """Min cut by push-relabel in one Triton program an image: no host sync, safe in a CUDA graph.
 
-An image's state stays in registers; what nodes tell their neighbours goes through a scratch that fits the first cache.
+A grid is cut in bands of whole rows, of which one at a time is in registers, with the rows above and below it. A grid
+of up to BAND nodes is one band. What nodes tell their neighbours goes through a scratch that fits the first cache.
 Directions come in four pairs, forth and back, as rows of [4, nodes], and are pushed along four at a time.
 """
 
@@ -12,14 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import plain
+BAND = 1024  # nodes of a band: in 32 bits, all the registers that 16 warps have
+ROUNDS = 1024  # of SWEEPS sweeps of each band; a few are enough for images
+SWEEPS = tl.constexpr(16)  # between two exact recomputations of the heights
+STEPS = tl.constexpr(4)  # of heights, from one look at whether they have settled to the next
+NARROW = tl.constexpr(1 << 28)  # sums of up to this are counted in 32 bits: four of them do not overflow
+STATE = tl.constexpr(11)  # numbers of a node: excess, what it can give to the sink, height, 4 residuals forth, 4 back
 
-MOST_NODES = 1024  # of a grid in one program
-ROUNDS = 1024  # of `plain.SWEEPS` sweeps each; a few are enough for images
 
-
-def min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, rounds: int = ROUNDS) -> Tensor:
-    """See `grid_min_cut`. Grids of more than 1024 nodes are cut by the torch solver.
+def min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, rounds: int = ROUNDS, band: int = BAND) -> Tensor:
+    """See `grid_min_cut`. Grids of more than `band` nodes are cut in bands; no side may be longer than `band` / 4.
 
     The kernel pushes for at most `rounds` rounds of sweeps. If excess is left that can reach the sink, it goes on with
     exact heights before every sweep. Then in each sweep all such excess moves one step nearer to the sink, or a node's
@@ -29,75 +32,177 @@ def min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, rounds: int = ROU
     if source.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError('solver="triton" needs tensors on a GPU, but these are on the CPU: use solver="auto"')
     batch_size, height, width = source.shape
-    if height * width > MOST_NODES:
-        return plain.min_cut(source, sink, capacity)
+    nodes = height * width
+    if nodes > band and width > height:  # rows of a band are to be short
+        across = torch.stack([capacity[:, direction].mT for direction in (2, 3, 0, 1, 4, 5, 7, 6)], 1)
+        return min_cut(source.mT, sink.mT, across, rounds=rounds, band=band).mT
+    block = max(triton.next_power_of_2(min(nodes, band)), 32)
+    rows = height if nodes <= block else block // width - 2
     reaches_sink = torch.empty(source.shape, dtype=torch.bool, device=source.device)
-    block = max(triton.next_power_of_2(height * width), 32)
-    heights, flows = source.new_empty(batch_size, block), source.new_empty(batch_size, 8, block, dtype=torch.int64)
+    scratch = source.new_empty(batch_size, STATE.value * nodes + 10 * block, dtype=torch.int64)
     with torch.cuda.device_of(source):  # Triton launches on the current device
-        _min_cut_kernel[(batch_size,)](
-            source.contiguous(), sink.contiguous(), capacity.contiguous(), reaches_sink, heights, flows, height, width,
-            rounds, SWEEPS=plain.SWEEPS, BLOCK=block, num_warps=max(1, block // 64), enable_fp_fusion=False,
-        )  # fmt: skip
+        for narrow in (True, False):  # each takes the images that are its own, so that the host need not know
+            _min_cut_kernel[(batch_size,)](
+                source.contiguous(), sink.contiguous(), capacity.contiguous(), reaches_sink,
+                scratch.view(torch.int32) if narrow else scratch, height, width, rows, rounds,
+                IS_NARROW=narrow, BLOCK=block, num_warps=min(max(1, block // 32), 16), enable_fp_fusion=False,
+            )  # fmt: skip
     return reaches_sink
 
 
 # Specialised, a number of rounds of 1 is a constant that cannot be counted down, and sides that 16 divides take more
 # registers and 32 KB of shared memory.
-@triton.jit(do_not_specialize=["height", "width", "rounds"])
+@triton.jit(do_not_specialize=["height", "width", "rows", "rounds"])
 def _min_cut_kernel(
-    source, sink, capacity, reaches_sink, heights, flows, height, width, rounds, SWEEPS: tl.constexpr,
+    source, sink, capacity, reaches_sink, scratch, height, width, rows, rounds, IS_NARROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    image, nodes, node = tl.program_id(0).to(tl.int64), height * width, tl.arange(0, BLOCK)
-    heights, flows, inside = heights + image * BLOCK, flows + image * 8 * BLOCK, node < nodes
-    # 64 bits: the sums of 32-bit capacities do not overflow.
-    excess = tl.load(source + image * nodes + node, mask=inside, other=0).to(tl.int64)
-    to_sink = tl.load(sink + image * nodes + node, mask=inside, other=0).to(tl.int64)
-    straight = tl.minimum(excess, to_sink)
-    excess, to_sink = excess - straight, to_sink - straight
-    # The directions E, S, SE, SW as rows; the ways back are W, N, NW, NE.
-    pair = tl.arange(0, 4)[:, None]
-    down, right = tl.where(pair > 0, 1, 0), tl.where(pair == 1, 0, tl.where(pair == 3, -1, 1))
-    row, column = (node // width)[None, :], (node % width)[None, :]
-    ahead = inside[None, :] & (row + down < height) & (column + right >= 0) & (column + right < width)
-    behind = inside[None, :] & (row - down >= 0) & (column - right >= 0) & (column - right < width)
-    step = down * width + right
-    edge = capacity + (image * 8 + 2 * pair) * nodes + node[None, :]
-    forth = tl.load(edge, mask=ahead, other=0).to(tl.int64)
-    back = tl.load(edge + nodes, mask=behind, other=0).to(tl.int64)
-    far = nodes + 1  # farther from the sink than any node that reaches it
-    label = _distance(to_sink, forth, back, heights, node, step, ahead, behind, far)
-    while tl.max(tl.where((excess > 0) & (label < far), 1, 0)) > 0:
-        for _ in range(tl.where(rounds > 0, SWEEPS, 1)):
-            pushed = tl.where(label == 1, tl.minimum(excess, to_sink), 0)
-            excess, to_sink = excess - pushed, to_sink - pushed
-            after, before = _neighbours(label, heights, node, step, ahead, behind)
-            downhill, uphill = label[None, :] == after + 1, label[None, :] == before + 1
-            place = flows + pair * BLOCK + node[None, :]
-            excess, forth, back = _push(excess, forth, back, downhill, place, -step, behind)
-            excess, back, forth = _push(excess, back, forth, uphill, place + 4 * BLOCK, step, ahead)
-            lowest = _lowest(to_sink, forth, back, after, before, far)
-            label = tl.where(excess > 0, tl.maximum(label, lowest), label)
-        label = _distance(to_sink, forth, back, heights, node, step, ahead, behind, far)
+    image, nodes, lane = tl.program_id(0).to(tl.int64), height * width, tl.arange(0, BLOCK)
+    source, sink, reaches_sink = source + image * nodes, sink + image * nodes, reaches_sink + image * nodes
+    capacity += image * 8 * nodes
+    state = scratch + image * (STATE * nodes + 10 * BLOCK)
+    heights, flows = state + STATE * nodes, state + STATE * nodes + 2 * BLOCK
+    supply, demand = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
+    for first in range(0, nodes, BLOCK):
+        node = first + lane
+        excess, to_sink = _terminals(source, sink, node, node < nodes)
+        supply, demand = supply + excess, demand + to_sink
+    if (tl.maximum(tl.sum(supply), tl.sum(demand)) <= NARROW) != IS_NARROW:
+        return
+    bands, far = tl.cdiv(height, rows), nodes + 1  # farther from the sink than any node that reaches it
+    for band in range(bands):
+        node, _inside, own, pair, _step, ahead, behind = _band(band, rows, height, width, BLOCK)
+        ahead, behind = ahead & own[None, :], behind & own[None, :]
+        excess, to_sink = _terminals(source, sink, node, own)
+        edge = capacity + 2 * pair * nodes + node[None, :]
+        forth, back = tl.load(edge, mask=ahead, other=0), tl.load(edge + nodes, mask=behind, other=0)
+        if IS_NARROW:  # no cut goes through an edge that is wider than all that can flow
+            forth, back = tl.minimum(forth, NARROW + 1), tl.minimum(back, NARROW + 1)
+        tl.store(state + node, excess, mask=own)
+        tl.store(state + nodes + node, to_sink, mask=own)
+        edge = state + (3 + pair) * nodes + node[None, :]
+        tl.store(edge, forth, mask=ahead)
+        tl.store(edge + 4 * nodes, back, mask=behind)
+    active = 1
+    while active > 0:
+        _exact_heights(state, heights, rows, height, width, far, BLOCK)
+        active = 0
+        for band in range(bands):
+            sweeps = tl.where(rounds > 0, SWEEPS, 1)
+            active += _sweep(state, heights, flows, band, sweeps, rows, height, width, far, BLOCK)
         rounds -= 1
-    tl.store(reaches_sink + image * nodes + node, label < far, mask=inside)
+    for first in range(0, nodes, BLOCK):
+        node = first + lane
+        label = tl.load(state + 2 * nodes + node, mask=node < nodes, other=0)
+        tl.store(reaches_sink + node, label < far, mask=node < nodes)
 
 
 @triton.jit
-def _neighbours(label, heights, node, step, ahead, behind):
-    """Heights of the neighbours, [4, BLOCK] forth and back; 0 where there is none."""
-    tl.debug_barrier()  # all have read the heights before
-    tl.store(heights + node, label)
+def _terminals(source, sink, node, inside):
+    """Excess and capacity to the sink, without what goes straight from the source to the sink."""
+    drawn = tl.load(source + node, mask=inside, other=0).to(tl.int64) - tl.load(sink + node, mask=inside, other=0)
+    return tl.maximum(drawn, 0), tl.maximum(-drawn, 0)
+
+
+@triton.jit
+def _band(band, rows, height, width, BLOCK: tl.constexpr):
+    """Of the rows of a band and one more on either side: nodes, which are in the grid, which are the band's own.
+
+    And the pairs of directions, E, S, SE and SW as rows, whose ways back are W, N, NW and NE: their steps in memory,
+    and which nodes have a neighbour that way, and which one on the way back.
+    """
+    lane = tl.arange(0, BLOCK)
+    top, end = tl.maximum(band * rows - 1, 0), tl.minimum((band + 1) * rows + 1, height)
+    row, column = top + lane // width, lane % width
+    inside, own = row < end, (row >= band * rows) & (row < (band + 1) * rows)
+    pair = tl.arange(0, 4)[:, None]
+    down, right = tl.where(pair > 0, 1, 0), tl.where(pair == 1, 0, tl.where(pair == 3, -1, 1))
+    after, before = column[None, :] + right, column[None, :] - right
+    ahead = (row[None, :] + down < end) & (after >= 0) & (after < width)
+    behind = inside[None, :] & (row[None, :] - down >= top) & (before >= 0) & (before < width)
+    return top * width + lane, inside, own & inside, pair, down * width + right, ahead, behind
+
+
+@triton.jit
+def _exact_heights(state, heights, rows, height, width, far, BLOCK: tl.constexpr):
+    """Residual edges on the shortest way of each node to the sink; `far` where there is none."""
+    nodes = height * width
+    tl.debug_barrier()  # all have stored their state
+    for first in range(0, nodes, BLOCK):
+        node = first + tl.arange(0, BLOCK)
+        to_sink = tl.load(state + nodes + node, mask=node < nodes, other=0)
+        tl.store(state + 2 * nodes + node, tl.where(to_sink > 0, 1, far), mask=node < nodes)
+    bands, lowered, upwards = tl.cdiv(height, rows), 1, 0
+    while lowered > 0:
+        lowered = 0
+        for index in range(bands):
+            band = tl.where(upwards > 0, bands - 1 - index, index)
+            node, inside, _own, pair, step, ahead, behind = _band(band, rows, height, width, BLOCK)
+            tl.debug_barrier()  # all have stored their heights
+            edge = state + (3 + pair) * nodes + node[None, :]
+            forth, back = tl.load(edge, mask=ahead, other=0), tl.load(edge + 4 * nodes, mask=behind, other=0)
+            distance = tl.load(state + 2 * nodes + node, mask=inside, other=0).to(tl.int32)
+            nearer, turn = 1, 0
+            while nearer > 0:
+                before = distance
+                for _ in range(STEPS):
+                    above, below = _neighbours(distance, heights + turn, step, ahead, behind, BLOCK)
+                    distance = tl.minimum(distance, _lowest(forth, back, above, below, far))
+                    turn = BLOCK - turn
+                nearer = tl.max(tl.where(distance < before, 1, 0))
+                lowered += nearer
+            tl.store(state + 2 * nodes + node, distance, mask=inside)
+        lowered, upwards = tl.where(bands > 1, lowered, 0), 1 - upwards
+
+
+@triton.jit
+def _sweep(state, heights, flows, band, sweeps, rows, height, width, far, BLOCK: tl.constexpr):
+    """Sweeps over one band, while the heights of the rows around it stand still; whether it has excess to push."""
+    node, inside, own, pair, step, ahead, behind = _band(band, rows, height, width, BLOCK)
+    nodes, edge = height * width, state + (3 + pair) * height * width + node[None, :]
+    tl.debug_barrier()  # all have stored the state of the band before
+    excess = tl.load(state + node, mask=inside, other=0)
+    label = tl.load(state + 2 * nodes + node, mask=inside, other=0).to(tl.int32)
+    active = tl.max(tl.where((excess > 0) & (label < far), 1, 0))
+    if active > 0:
+        to_sink = tl.load(state + nodes + node, mask=inside, other=0)
+        forth, back = tl.load(edge, mask=ahead, other=0), tl.load(edge + 4 * nodes, mask=behind, other=0)
+        place, turn = flows + pair * BLOCK + tl.arange(0, BLOCK)[None, :], 0
+        for _ in range(sweeps):
+            pushed = tl.where(label == 1, tl.minimum(excess, to_sink), 0)
+            excess, to_sink = excess - pushed, to_sink - pushed
+            above, below = _neighbours(label, heights + turn, step, ahead, behind, BLOCK)
+            turn = BLOCK - turn
+            downhill, uphill = label[None, :] == above + 1, label[None, :] == below + 1
+            excess, forth, back = _push(excess, forth, back, downhill, place, -step, behind)
+            excess, back, forth = _push(excess, back, forth, uphill, place + 4 * BLOCK, step, ahead)
+            lowest = tl.where(to_sink > 0, 1, _lowest(forth, back, above, below, far))
+            label = tl.where(own & (excess > 0), tl.maximum(label, lowest), label)
+        tl.store(state + node, excess, mask=inside)
+        tl.store(state + nodes + node, to_sink, mask=inside)
+        tl.store(state + 2 * nodes + node, label, mask=inside)
+        tl.store(edge, forth, mask=ahead)
+        tl.store(edge + 4 * nodes, back, mask=behind)
+    return active
+
+
+@triton.jit
+def _neighbours(label, heights, step, ahead, behind, BLOCK: tl.constexpr):
+    """Heights of the neighbours, [4, BLOCK] forth and back; 0 where there is none.
+
+    The scratch is another than in the call before, which others may still read.
+    """
+    heights += tl.arange(0, BLOCK)
+    tl.store(heights, label)
     tl.debug_barrier()
-    heights += node[None, :]
-    return tl.load(heights + step, mask=ahead, other=0), tl.load(heights - step, mask=behind, other=0)
+    after, before = heights[None, :] + step, heights[None, :] - step
+    return tl.load(after, mask=ahead, other=0).to(tl.int32), tl.load(before, mask=behind, other=0).to(tl.int32)
 
 
 @triton.jit
 def _push(excess, residual, reverse, downhill, place, to_giver, given):
     """Push along four directions; `to_giver` is the step to the node that pushes here, where there is one (`given`)."""
-    room = tl.where(downhill, residual, 0)
+    room = tl.where(downhill, tl.minimum(residual, excess[None, :]), 0)
     left = excess[None, :] - (tl.cumsum(room, 0) - room)  # for this direction, after those before it
     flow = tl.minimum(tl.maximum(left, 0), room)
     tl.store(place, flow)
@@ -107,20 +212,8 @@ def _push(excess, residual, reverse, downhill, place, to_giver, given):
 
 
 @triton.jit
-def _lowest(to_sink, forth, back, after, before, far):
+def _lowest(forth, back, after, before, far):
     """One more than the lowest end of a node's residual edges; `after` and `before` are the heights at their ends."""
     ahead = tl.min(tl.where(forth > 0, after + 1, far), 0)
     behind = tl.min(tl.where(back > 0, before + 1, far), 0)
-    return tl.where(to_sink > 0, 1, tl.minimum(tl.minimum(ahead, behind), far))
-
-
-@triton.jit
-def _distance(to_sink, forth, back, heights, node, step, ahead, behind, far):
-    """Residual edges on the shortest way to the sink; `far` where there is none."""
-    distance, nearer = tl.where(to_sink > 0, 1, far), 1
-    while nearer > 0:
-        after, before = _neighbours(distance, heights, node, step, ahead, behind)
-        lowest = tl.minimum(distance, _lowest(to_sink, forth, back, after, before, far))
-        nearer = tl.max(tl.where(lowest < distance, 1, 0))
-        distance = lowest
-    return distance
+    return tl.minimum(tl.minimum(ahead, behind), far)

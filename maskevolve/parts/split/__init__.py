@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernel_trial import kernel_works
+from ..kernel_trial import MOST_PATCHES, kernel_works
 from .plain import TorchParts
-
-MOST_PATCHES = 4096  # of an image, that kernels take
 
 
 def whole_images(gram: Tensor, by_kernel: bool | None = None) -> Any:
