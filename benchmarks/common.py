@@ -119,14 +119,15 @@ def folder(device: str) -> Path:
     return path
 
 
-def save(name: str, device: str, rows: list[Row], figure: Figure, **settings: Any) -> None:
-    """Write `results/<machine>/<name>.json` and `.png`, and print the rows."""
+def save(name: str, device: str, rows: list[Row], figure: Figure | None, **settings: Any) -> None:
+    """Write `results/<machine>/<name>.json`, and `.png` where there is a figure, and print the rows."""
     result = {"machine": machine(device), "device": device, "versions": versions(), **settings, "rows": rows}
     path = folder(device) / name
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    figure.savefig(path.with_suffix(".png"), dpi=110)
+    if figure is not None:
+        figure.savefig(path.with_suffix(".png"), dpi=110)
     print_table(rows)
-    print(f"wrote {path}.json and .png")
+    print(f"wrote {path}.json{'' if figure is None else ' and .png'}")
 
 
 def versions() -> dict[str, str]:
