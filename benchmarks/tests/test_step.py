@@ -1,9 +1,13 @@
 """The profile of a step."""
 
 from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import pytest
 import step
 import torch
+from torch.autograd import DeviceType
 
 
 def test_operators_are_sorted_by_what_they_cost_more(monkeypatch):
@@ -23,3 +27,22 @@ def test_a_profile_finds_what_takes_the_time():
     times = step.spent(lambda: square @ square + 1, "cpu")
     assert max(times, key=times.get) == "aten::mm"
     assert times["aten::add"] > 0
+
+
+def test_kernels_count_once_for_the_operator_that_starts_them_or_by_their_own_names(monkeypatch):
+    def event(name, time, kind=DeviceType.CUDA, note=False, kernels=()):
+        span = SimpleNamespace(elapsed_us=lambda: time)
+        return SimpleNamespace(name=name, time_range=span, device_type=kind, is_user_annotation=note, kernels=kernels)
+
+    gemm, span = SimpleNamespace(name="gemm", duration=9000.0), SimpleNamespace(name="AdamW", duration=500.0)
+    events = [
+        event("aten::mm", 70, DeviceType.CPU, kernels=[gemm]),
+        event("gemm", 9000.0),
+        event("a kernel of Triton", 6000.0),
+        event("AdamW", 80, DeviceType.CPU, note=True, kernels=[span]),
+        event("AdamW", 500.0, note=True),
+    ]
+    monkeypatch.setattr(step, "profile", lambda: nullcontext(SimpleNamespace(events=lambda: events)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    times = {name: time for name, time in step.spent(lambda: None, "cuda").items() if time}
+    assert times == {"aten::mm": pytest.approx(3), "a kernel of Triton": pytest.approx(2)}, "of three steps"
