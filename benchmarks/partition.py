@@ -130,7 +130,7 @@ def main() -> None:
         found = measure(given, affinity, num_parts, args.device)
         rows += [{"name": row["name"], **case, **row} for row in found]
         if pictures and num_parts == 10 and side in SHOWN:
-            groups[side] = (f"{batch} images, {side} x {side}", found)
+            groups[side] = (f"{side} x {side}, batch of {batch}", found)
     in_all = set.intersection(*({row["name"] for row in found} for _, found in groups.values()))
     shown = {
         title: [{**row, "ours": row["name"] != EM} for row in found if row["name"] in in_all]
