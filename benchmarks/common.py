@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import Timer, timer
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("maskevolve", "torch", "triton", "numpy", "PyMaxflow", "timm", "transformers", "lightly")
 ROUNDS = 5
 SECONDS = 0.03  # that one function runs in one round, at least
-IN_A_ROW = 3  # calls of a function on a GPU that takes longer than half of that
+IN_A_ROW = 3  # calls of a function on a GPU, where no more fit into that
+SLOW = 0.3  # seconds from which one call is timed, for the host need not work ahead
 
 Row = dict[str, Any]
 
@@ -62,20 +63,24 @@ def compare(functions: dict[str, Callable[[], Any]], baseline: str, device: str)
 
 
 def _repetitions(function: Callable[[], Any], device: str) -> int:
-    function()  # what happens once: compilation, caches
-    return max(1, round(SECONDS * 1e3 / _time(function, 1, device)))
+    first = _time(function, 1, device)  # with what happens once: compilation, caches
+    milliseconds = first if device == "cpu" and first > SLOW * 1e3 else _time(function, 1, device)
+    least = IN_A_ROW if device == "cuda" and milliseconds < SLOW * 1e3 else 1  # as in training: the host works ahead
+    return max(least, round(SECONDS * 1e3 / milliseconds))
 
 
 def _time(function: Callable[[], Any], number: int, device: str) -> float:
     """Milliseconds of a call."""
-    if device == "cuda":
-        if number > 1:
-            from triton.testing import do_bench
+    if device == "cuda" and number > IN_A_ROW:
+        from triton.testing import do_bench
 
-            return float(do_bench(function, warmup=5, rep=int(SECONDS * 1e3), return_mode="median"))
-        number = IN_A_ROW  # as in training, where the host works ahead of the GPU
-    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-    return timer.timeit(number).mean * 1e3
+        return float(do_bench(function, warmup=5, rep=int(SECONDS * 1e3), return_mode="median"))
+    if number > 1:  # with two more calls, to warm up
+        many = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+        return many.timeit(number).mean * 1e3
+    start = timer()  # which waits for the GPU
+    function()
+    return (timer() - start) * 1e3
 
 
 def peak_memory(function: Callable[[], Any], device: str) -> float:
@@ -114,14 +119,15 @@ def folder(device: str) -> Path:
     return path
 
 
-def save(name: str, device: str, rows: list[Row], figure: Figure, **settings: Any) -> None:
-    """Write `results/<machine>/<name>.json` and `.png`, and print the rows."""
+def save(name: str, device: str, rows: list[Row], figure: Figure | None, **settings: Any) -> None:
+    """Write `results/<machine>/<name>.json`, and `.png` where there is a figure, and print the rows."""
     result = {"machine": machine(device), "device": device, "versions": versions(), **settings, "rows": rows}
     path = folder(device) / name
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    figure.savefig(path.with_suffix(".png"), dpi=110)
+    if figure is not None:
+        figure.savefig(path.with_suffix(".png"), dpi=110)
     print_table(rows)
-    print(f"wrote {path}.json and .png")
+    print(f"wrote {path}.json{'' if figure is None else ' and .png'}")
 
 
 def versions() -> dict[str, str]:

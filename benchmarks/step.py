@@ -2,11 +2,13 @@
 
 python benchmarks/step.py --device cpu          # a small ViT
 python benchmarks/step.py --device cuda         # ViT-B/16, 224 pixels, bf16
+python benchmarks/step.py --profile             # where the time of the default goes, operator by operator
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from typing import Any
 import common
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -37,6 +41,8 @@ READ = {  # layers, and the stride of the patches, that the teacher reads
     "evolving, attention of all layers": (None, 1),
 }
 PUBLISHED = "published: all layers unfused, EM"
+PROFILED = 3  # steps, after as many to warm up
+LEAST = 0.01  # milliseconds of an operator in either step, to be listed
 
 
 class Published(nn.Module):
@@ -124,16 +130,58 @@ def arithmetic(size: tuple[int, ...]) -> dict[str, float]:
     return {RANDOM: 1.0, **ratios, PUBLISHED: ratios["evolving, attention of all layers"]}
 
 
+def differences(ways: dict[str, Callable[[], None]], device: str) -> list[common.Row]:
+    """A row for all operators and one for each: milliseconds of a step with random masks, and of one by default."""
+    random, evolving = (spent(ways[name], device) for name in (RANDOM, "evolving"))
+    sums = [("all", sum(random.values()), sum(evolving.values()))]
+    each = [(name, random[name], evolving[name]) for name in random | evolving]
+    each = sorted((row for row in each if max(row[1:]) >= LEAST), key=lambda row: row[1] - row[2])
+    return [
+        {"name": name, "random_ms": before, "evolving_ms": after, "difference_ms": after - before}
+        for name, before, after in sums + each
+    ]
+
+
+def spent(step: Callable[[], None], device: str) -> Counter[str]:
+    """Milliseconds of a step in each operator alone: of the processor, or of the kernels that it starts on a GPU.
+
+    Kernels that no operator starts, as those of Triton, go by their own names.
+    """
+    for _ in range(PROFILED):
+        step()
+    with profile() as record:
+        for _ in range(PROFILED):
+            step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    microseconds = Counter[str]()
+    for event in record.events():
+        if device == "cpu":
+            microseconds[event.name] += event.self_cpu_time_total
+        elif event.device_type == DeviceType.CPU:
+            for kernel in event.kernels:
+                microseconds[event.name] += kernel.duration
+                microseconds[kernel.name] -= kernel.duration  # which comes again, as an event of the GPU
+        elif not event.is_user_annotation:
+            microseconds[event.name] += event.time_range.elapsed_us()
+    return Counter({name: time / 1e3 / PROFILED for name, time in microseconds.items()})
+
+
 def main() -> None:
     parser = common.make_parser(__doc__)
     parser.add_argument("--model", choices=MODELS, help="small on a CPU, base on a GPU if not given")
     parser.add_argument("--batch-size", type=int, help="16 on a CPU, 256 on a GPU if not given")
+    parser.add_argument("--profile", action="store_true", help="write step_profile.json instead")
     args = parser.parse_args()
     model = args.model or ("base" if args.device == "cuda" else "small")
     batch_size = args.batch_size or (256 if args.device == "cuda" else 16)
     size = MODELS[model]
     torch.manual_seed(0)
     images = torch.randn(batch_size, 3, size[0], size[0], device=args.device)
+    if args.profile:
+        rows = differences(steps(size, images), args.device)
+        common.save("step_profile", args.device, rows, None, model=model, batch=batch_size)
+        return
     with tqdm(total=1, desc="a step, in every way") as bar:
         rows = common.compare(steps(size, images), RANDOM, args.device)
         bar.update()

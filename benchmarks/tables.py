@@ -55,14 +55,21 @@ def masks() -> str:
 
 
 def partition() -> str:
-    """All grids, batches and numbers of parts."""
+    """A row for each grid, batch and number of parts: with pictures first, then without."""
 
     def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
-        def column(row: Any) -> str:
+        def label(row: Any) -> str:
             images = "1 image" if row["batch"] == 1 else f"{row['batch']} images"
-            return f"{row['grid']}, {images}, {row['parts']} parts"
+            without = "" if row.get("pictures") else ", no pictures"
+            return f"{row['grid']}, {images}, {row['parts']} parts{without}"
 
-        return {(row["name"], column(row)): _ratio(row) for row in rows}
+        solver = "triton" if any(row["name"] == "graph cut, triton" for row in rows) else "pymaxflow"  # the default
+        peak = {
+            (label(row), f"peak memory, {solver}"): f"{row['peak_mib']:.0f} MiB"
+            for row in rows
+            if row["name"] == f"graph cut, {solver}"
+        }
+        return {(label(row), row["name"]): _ratio(row) for row in rows} | peak
 
     return by_machine("partition", cells)
 
