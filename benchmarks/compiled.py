@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import MockTensor
 
+from maskevolve.parts.edges import kernel as edges
 from maskevolve.parts.mincut import kernel as mincut
 from maskevolve.parts.split import kernel as split
 
@@ -35,8 +36,9 @@ SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB tha
 REGISTERS, REGISTERS_OF_A_THREAD = 65536, 255
 KERNELS = [
     (mincut, "_min_cut_kernel"),
-    (split, "_terminals_kernel"),
+    (split, "_capacities_kernel"),
     (split, "_split_kernel"),
+    (edges, "_contrast_kernel"),
 ]
 Case = tuple[str, Callable[[], Any]]
 
@@ -118,21 +120,30 @@ def cut(height: int, width: int, rounds: int = mincut.ROUNDS) -> Case:
     return f"{height} x {width}, {rounds} rounds", lambda: mincut.min_cut(grid, grid, edges, rounds=rounds)
 
 
-def tree(patches: int, level: int) -> Case:
+def tree(side: int, level: int) -> Case:
     def launch() -> None:
-        parts = split.TritonParts(empty(2, patches, patches))
+        patches = side * side
+        capacity = empty(2, 8, patches, dtype=torch.int32)
+        parts = split.TritonParts(empty(2, patches, patches), capacity, (side, side), weaken=True)
         parts.level = level
-        parts.terminals()
+        parts.capacities()
         parts.split(empty(2, patches, dtype=torch.bool))
 
-    return f"{patches} patches, level {level}", launch
+    return f"{side} x {side}, level {level}", launch
+
+
+def contrast(side: int) -> Case:
+    return f"{side} x {side}, pictures", lambda: edges.contrast_edges(
+        empty(2, 3, 16 * side, 16 * side), (side, side), 1
+    )
 
 
 def all_cases() -> Iterator[Case]:
-    yield from (cut(*grid) for grid in [(14, 14), (16, 16), (32, 32)])
+    yield from (cut(side, side) for side in (14, 16, 32, 64))
     yield cut(14, 14, rounds=1)
-    yield from (tree(196, level) for level in (0, 3))
-    yield tree(4096, level=0)
+    yield from (tree(14, level) for level in (0, 3))
+    yield from (tree(side, level=0) for side in (32, 64))
+    yield from (contrast(side) for side in (14, 32, 64))
 
 
 def main() -> None:

@@ -10,17 +10,17 @@ import torch
 from planted import planted_attention
 from test_masks import MASKS, random_parts
 from test_mincut import random_grid
-from test_split import gram_of, random_features, random_sides
+from test_split import gram_of, random_edges, random_features, random_sides
 from vits import photographs
 
 from maskevolve import EvolvingMask, GraphCutPartitioner
 from maskevolve.masks import functional as F
 from maskevolve.parts import kernel_trial
-from maskevolve.parts.edges import contrast_edges, patch_sums
+from maskevolve.parts.edges import contrast_edges
 from maskevolve.parts.mincut import grid_min_cut
 from maskevolve.parts.split import kernel as split
 from maskevolve.parts.split import whole_images
-from maskevolve.parts.split.plain import TorchParts
+from maskevolve.parts.split.plain import HostParts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -35,7 +35,9 @@ def no_host_sync():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 5), (14, 14), (32, 32), (48, 48)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (7, 5), (14, 14), (32, 32), (37, 37), (48, 48), (20, 200), (64, 64)]
+)
 @pytest.mark.parametrize(("largest", "sparse"), [(1, 0), (1000, 0.5), (2**31 - 1, 0.2)])
 def test_every_solver_cuts_alike(height, width, largest, sparse):
     grid = random_grid(height, width, largest, sparse, seed=height, batch_size=16)
@@ -59,13 +61,17 @@ def test_masks_do_not_wait_for_the_gpu_and_repeat_their_gradients(make):
     assert (mask.sum(1) == 147).all()
 
 
-@pytest.mark.parametrize("patches", [1, 60, 196, 784, 2304])
-def test_the_tree_of_parts_has_the_bits_of_the_cpu(patches):
+@pytest.mark.parametrize("side", [1, 7, 14, 28, 48, 64])
+@pytest.mark.parametrize("weaken", [True, False])
+def test_the_tree_of_parts_has_the_bits_of_the_cpu(side, weaken):
+    patches = side * side
     gram = gram_of(random_features(patches, 6, seed=0, batch_size=4))
-    ours, expected = whole_images(gram.cuda()), TorchParts(gram)
+    edges = random_edges(side, side, seed=1, batch_size=4)
+    ours = whole_images(gram.cuda(), edges.cuda(), (side, side), weaken)
+    expected = HostParts(gram, edges, (side, side), weaken)
     assert isinstance(ours, split.TritonParts)
     for level in range(6):
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(ours.terminals(), expected.terminals(), strict=True))
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(ours.capacities(), expected.capacities(), strict=True))
         sides = random_sides(patches, level, batch_size=4)
         assert torch.equal(ours.split(sides.cuda()).cpu(), expected.split(sides))
         assert torch.equal(ours.labels.cpu(), expected.labels)
@@ -95,10 +101,16 @@ def test_the_affinity_of_every_few_patches_needs_no_wait_and_gives_the_parts_of_
     assert different.float().mean() < 0.01, "rounding of features may move a few patches"
 
 
-def test_edges_from_contrast_have_the_bits_of_the_cpu():
-    images = photographs(16, 224)
-    expected, ours = (contrast_edges(patch_sums(x, (14, 14))[0], (14, 14), 16) for x in (images, images.cuda()))
-    assert torch.equal(ours.cpu(), expected)
+@pytest.mark.parametrize("side", [1, 7, 14, 28, 56])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
+def test_edges_from_contrast_have_the_bits_of_the_cpu(side, dtype):
+    images = (photographs(4, 224) * 50 + 100).to(dtype)
+    if dtype.is_floating_point:
+        images[0, 1, 3:9, 5] = math.nan
+    expected = contrast_edges(images, (side, side), 16)
+    with no_host_sync():
+        ours = contrast_edges(images.cuda(), (side, side), 16, by_kernel=True)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, expected, strict=True))
 
 
 def test_copies_of_a_partitioner_and_empty_batches():
@@ -140,7 +152,8 @@ def test_compiles_whole_on_the_gpu():
 
 
 def use_every_kernel(device):
-    return GraphCutPartitioner()(torch.rand(4, 49, 49, generator=torch.Generator().manual_seed(0)).to(device))
+    affinity = torch.rand(4, 49, 49, generator=torch.Generator().manual_seed(0)).to(device)
+    return GraphCutPartitioner()(affinity, images=photographs(4, 56).to(device))
 
 
 def test_every_kernel_works_where_it_is_tried_and_the_first_call_may_wait(monkeypatch):
@@ -151,7 +164,7 @@ def test_every_kernel_works_where_it_is_tried_and_the_first_call_may_wait(monkey
         grid_min_cut(*grid)
         assert torch.cuda.get_sync_debug_mode() == 2, "as it was before"
     use_every_kernel("cuda")
-    assert list(kernel_trial._worked.values()) == [True, True], "the cut and the tree"
+    assert list(kernel_trial._worked.values()) == [True] * 3, "the cut, the tree and the edges"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -14,7 +14,7 @@ from test_graph_cut import agreement, check_every_cut, check_labels, same_partit
 from vits import photographs
 
 from maskevolve import GraphCutPartitioner
-from maskevolve.parts.edges import contrast_edges, patch_sums
+from maskevolve.parts.edges import contrast_edges
 from maskevolve.parts.mincut import OFFSETS
 from maskevolve.parts.split.plain import SCALE
 
@@ -111,9 +111,9 @@ def test_contrast_by_a_plain_loop():
     """Mean values of patches, each channel by its root mean square difference; brightness and colour of like weight."""
     _, images = random_case(5, 3, 1)
     images[:, 1] *= 30
-    sums, bad = patch_sums(images.float(), GRID)
-    edges = contrast_edges(sums, GRID, 16.0)[0].view(8, *GRID)
-    assert not bad.any()
+    edges, bad = contrast_edges(images.float(), GRID, 16.0)
+    edges = edges[0].view(8, *GRID)
+    assert bad == 0
     means = images[0].view(3, HEIGHT, PATCH, WIDTH, PATCH).mean((2, 4)).numpy()
     pairs, nodes = {}, list(np.ndindex(GRID))
     for direction, row, column in np.ndindex(8, *GRID):
@@ -127,6 +127,20 @@ def test_contrast_by_a_plain_loop():
     expected = dict(zip(pairs, 16 * SCALE / (1 + contrast / contrast.mean()) ** 6, strict=True))
     for place in np.ndindex(8, *GRID):
         assert math.isclose(int(edges[place]), expected.get(place, 0), rel_tol=0.02, abs_tol=2), place
+
+
+BAD = torch.rand(2, 3, 24, 28).masked_fill(torch.rand(24, 28) < 0.1, torch.nan) - 2
+BAD[..., :6, :], BAD[0, 0, 9, 9] = -9999, torch.inf
+PICTURES = ODD | {"without data": BAD, "photograph": photographs(1, 168)[..., ::7, ::6].bfloat16()}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is interpreted where there is no GPU")
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered")
+@pytest.mark.parametrize("images", PICTURES.values(), ids=PICTURES.keys())
+def test_the_kernel_has_the_same_bits(images):
+    images = images[:1, :2]
+    ours, expected = (contrast_edges(images, GRID, 3.3, by_kernel) for by_kernel in (True, False))
+    assert all(map(torch.equal, ours, expected))
 
 
 def test_outlines_follow_the_picture():

@@ -16,15 +16,17 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from test_mincut import random_grid
-from test_split import gram_of, random_features
+from test_split import random_features, root
 
 from maskevolve.parts import kernel_trial
+from maskevolve.parts.edges import contrast_edges
 from maskevolve.parts.mincut import grid_min_cut
 from maskevolve.parts.split import whole_images
-from maskevolve.parts.split.plain import TorchParts
+from maskevolve.parts.split.plain import HostParts
 
 mincut = pytest.importorskip("maskevolve.parts.mincut.kernel")
 split = pytest.importorskip("maskevolve.parts.split.kernel")
+edges = pytest.importorskip("maskevolve.parts.edges.kernel")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
 
 
@@ -33,15 +35,20 @@ def cut():
 
 
 def tree():
-    parts = whole_images(gram_of(random_features(12, 3, seed=0)))
-    terminals = parts.terminals()
-    return (*terminals, parts.split(terminals[0] > 0), parts.labels)
+    parts = root(whole_images, random_features(12, 3, seed=0))
+    capacities = parts.capacities()
+    return (*capacities, parts.split(capacities[0] > 0), parts.labels)
+
+
+def contrast():
+    return contrast_edges(torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6) % 7, (2, 3), 1)
 
 
 KERNELS = {  # its module, what calls it, its name in a warning, and the place of something that it stores
     "_min_cut_kernel": (mincut, cut, "min cuts", 3),
-    "_terminals_kernel": (split, tree, "two means", 5),
+    "_capacities_kernel": (split, tree, "two means", 5),
     "_split_kernel": (split, tree, "two means", 6),
+    "_contrast_kernel": (edges, contrast, "edges from contrast", 1),
 }
 every_kernel = pytest.mark.parametrize(("name", "case"), KERNELS.items(), ids=KERNELS.keys())
 NO_COMPILER = RuntimeError("Failed to find C compiler")
@@ -78,9 +85,10 @@ def test_kernels_are_launched_on_the_device_of_their_tensors_and_fuse_no_floats(
     monkeypatch.setattr(torch.cuda, "device_of", guard)
     calls = {each: note_launches(monkeypatch, KERNELS[each][0], each, silent=True) for each in KERNELS}[name]
     mincut.min_cut(*random_grid(1, 1, 9, 0, 0, batch_size=70_000))
-    parts = split.TritonParts(torch.zeros(70_000, 1, 1))
-    parts.terminals()
+    parts = root(split.TritonParts, torch.zeros(70_000, 1, 1))
+    parts.capacities()
     parts.split(torch.zeros(70_000, 1, dtype=torch.bool))
+    edges.contrast_edges(torch.zeros(70_000, 1, 1, 1), (1, 1), 1)
     assert any(before < after for before, after in zip(inside[::2], inside[1::2], strict=True))
     assert all(grid[0] == 70_000 for grid, _ in calls), "dimensions of a grid after the first end at 65,535"
     assert not any(options["enable_fp_fusion"] for _, options in calls)
@@ -92,8 +100,8 @@ def test_kernels_compile_for_a_gpu():
     pytest.importorskip("triton.knobs", reason="benchmarks/compiled.py needs Triton 3.4, which torch 2.8 brings")
     code = """if True:
         import json
-        from compiled import compile_for, cut, tree
-        cases = [cut(14, 14, rounds=1), cut(16, 16), tree(49, 1)]
+        from compiled import compile_for, contrast, cut, tree
+        cases = [cut(14, 14, rounds=1), cut(16, 16), tree(7, 1), contrast(7)]
         print(json.dumps(compile_for(80, cases)))"""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     rows = json.loads(subprocess.check_output([sys.executable, "-c", code], env=environment))
@@ -184,4 +192,4 @@ def test_kernels_can_be_turned_off_and_a_cpu_takes_plain_torch(monkeypatch):
         monkeypatch.setenv("MASKEVOLVE_KERNELS", value)
         assert runpy.run_path(kernel_trial.__file__)["takes_kernels"](torch.device("cuda")) == takes
     assert not works(lambda device, by_kernel: [])
-    assert isinstance(whole_images(gram_of(random_features(4, 2, 0))), TorchParts)
+    assert isinstance(root(whole_images, random_features(4, 2, 0)), HostParts)

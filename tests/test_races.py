@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from races import Races
 from test_mincut import random_grid
-from test_split import gram_of, random_features, random_sides
+from test_split import random_features, random_sides, root
 
+from maskevolve.parts.edges import kernel as edges
 from maskevolve.parts.mincut import kernel as mincut
 from maskevolve.parts.split import kernel as split
 
@@ -25,10 +26,15 @@ def cut(height, width, sparse=0.3, band=1024):
 
 
 def tree(patches, levels=2):
-    parts = split.TritonParts(gram_of(random_features(patches, 3, seed=patches)))
+    parts = root(split.TritonParts, random_features(patches, 3, seed=patches))
     for level in range(levels):
-        parts.terminals()
+        parts.capacities()
         parts.split(random_sides(patches, level))
+
+
+def contrast(height, width, patch, channels=2):
+    images = torch.randn(2, channels, height * patch, width * patch, generator=torch.Generator().manual_seed(height))
+    edges.contrast_edges(images, (height, width), 1e5)
 
 
 def barriers_of(module):
@@ -45,11 +51,16 @@ CUTS = [
     (cut, (12, 4, 0.8, 32)),
 ]
 TREES = [(tree, (1,)), (tree, (20, 3)), (tree, (49,)), (tree, (196, 1))]
-BARRIERS = {mincut: lambda: cut(12, 4, 0.8, band=32), split: lambda: tree(49, levels=1)}
+PICTURES = [(contrast, (1, 1, 2)), (contrast, (5, 8, 2)), (contrast, (33, 32, 1))]
+BARRIERS = {
+    mincut: lambda: cut(12, 4, 0.8, band=32),
+    split: lambda: tree(49, levels=1),
+    edges: lambda: contrast(6, 7, 2),
+}
 EACH = [(module, barrier) for module in BARRIERS for barrier in barriers_of(module)]
 
 
-@pytest.mark.parametrize(("run", "size"), [*CUTS, *TREES])
+@pytest.mark.parametrize(("run", "size"), [*CUTS, *TREES, *PICTURES])
 def test_no_kernel_has_a_race(run, size):
     with Races() as races:
         run(*size)

@@ -37,23 +37,23 @@ class Partitioner(nn.Module):
             what = "[B, N, N] or [B, heads, N, N], with a row and a column for each patch"
             raise ValueError(f"affinity has shape {list(given.shape)}, but must be {what}")
         affinity = given.nan_to_num(0, 0, 0)
-        self.warn_of("affinities", given != affinity, "the model that they come from may have diverged")
+        count = torch.count_nonzero(given != affinity)
+        self.warn_of("affinities", count, given.numel(), "the model that they come from may have diverged")
         affinity = (affinity if affinity.dtype == torch.float64 else affinity.float()).clamp_(min=0)
         affinity /= safe_divisor(affinity.flatten(1).amax(1)).view(-1, *[1] * (affinity.ndim - 1))
         return affinity.mean(1) if affinity.ndim == 4 else affinity
 
-    def warn_of(self, what: str, bad: Tensor, cause: str) -> None:
+    def warn_of(self, what: str, count: Tensor, total: int, cause: str) -> None:
         """Warn once of values that are bad; on a GPU a call later or more, so that the host need not wait."""
-        count = torch.count_nonzero(bad)
         with _lock:
             if what in self._warned:
                 return
-            seen = self._bad.get(what) if bad.is_cuda else count
+            seen = self._bad.get(what) if count.is_cuda else count
             if seen is None:
                 seen = self._bad[what] = torch.zeros_like(count, device="cpu").pin_memory()
             if found := int(seen):
                 self._warned.add(what)
-                counted = f"{found} of {bad.numel()} {what} are NaN or inf and count as 0"
+                counted = f"{found} of {total} {what} are NaN or inf and count as 0"
                 warnings.warn(f"{counted}: {cause}. This warning is given once.", stacklevel=5)
             seen.copy_(count, non_blocking=True)
 
@@ -64,10 +64,9 @@ def interpolate(affinity: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
     Linear along rows and columns, times stride ** 4: whole numbers stay whole numbers.
     """
     rows, columns = (_weights(side, stride, affinity) for side in grid)
-    for _ in range(2):  # from the rows of the matrix, then from its columns
-        cells = affinity.unflatten(1, (rows.shape[1], columns.shape[1]))
-        cells = torch.einsum("Hh,bhwn->bHwn", rows, cells)
-        affinity = torch.einsum("Ww,bHwn->bnHW", columns, cells).flatten(2)
+    for _ in range(2):  # from the columns of the matrix, then from its rows
+        cells = affinity.mT.unflatten(1, (rows.shape[1], columns.shape[1]))
+        affinity = (columns @ (rows @ cells.flatten(2)).unflatten(2, cells.shape[2:])).flatten(1, 2)
     return affinity
 
 
@@ -95,3 +94,8 @@ def strided_grid(patches: int, grid_size: GridSize | None, stride: int) -> tuple
 def safe_divisor(divisor: Tensor) -> Tensor:
     """The divisor with 1 in place of 0 and less, so that 0 / 0 gives 0."""
     return torch.where(divisor > 0, divisor, 1)
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest float type of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -8,13 +8,12 @@ from torch import Tensor
 
 from ..checks import check_number
 from ..grid import GridSize, resolve_grid
-from .affinity import Partitioner, interpolate, safe_divisor, strided_grid
-from .edges import affinity_edges, contrast_edges, neighbours_at, patch_sums, weaken
+from .affinity import Partitioner, interpolate, safe_divisor, strided_grid, wide_dtype
+from .edges import affinity_edges, contrast_edges
 from .hierarchy import PartHierarchy, check_num_parts
 from .mincut import SOLVERS, grid_min_cut
 from .segmentation import plain_tensor
 from .split import exact_dtype, whole_images
-from .split.plain import wide_dtype
 
 FEW_PARTS = 16  # up to so many, the tree is two levels deeper than a balanced one, for uneven parts; above, one
 OF_AFFINITY, OF_CONTRAST = 0.3, 16.0  # smoothness where none is given
@@ -108,16 +107,15 @@ class GraphCutPartitioner(Partitioner):
         with torch.autocast(affinity.device.type, enabled=False):
             affinity = affinity + affinity.mT
             grid, edges = self._edges(affinity, grid_size, images, stride)
-            parts, gains, patches = whole_images(_gram(affinity, grid, stride)), list[Tensor](), grid[0] * grid[1]
+            parts = whole_images(_gram(affinity, grid, stride), edges, grid, weaken=images is not None)
+            gains, patches = list[Tensor](), grid[0] * grid[1]
             # A balanced tree and more levels for unequal parts, unless these would come down to one patch.
             least, more = (min(num_parts, patches) - 1).bit_length(), 2 if num_parts <= FEW_PARTS else 1
             for _ in range(max(1, least, min(least + more, patches.bit_length() - 1))):
-                capacity = edges if images is None or not gains else weaken(edges, parts.labels, len(gains))
-                grids = (tensor.unflatten(-1, grid) for tensor in (*parts.terminals(), capacity))
-                sides = grid_min_cut(*grids, solver=self.solver).flatten(1)
-                gains.append(parts.split(sides))
-                edges *= neighbours_at(grid, sides) == sides[:, None]
-            return PartHierarchy(parts.labels + (1 << len(gains)), _split_order(gains, num_parts - 1), num_parts)
+                grids = (tensor.unflatten(-1, grid) for tensor in parts.capacities())
+                gains.append(parts.split(grid_min_cut(*grids, solver=self.solver).flatten(1)))
+            leaves, order = parts.labels + (1 << len(gains)), _split_order(gains, num_parts - 1)
+            return PartHierarchy(leaves.to(affinity.device), order.to(affinity.device), num_parts)
 
     def _edges(self, affinity: Tensor, grid_size: Any, images: Any, stride: int) -> tuple[tuple[int, int], Tensor]:
         """The grid (H, W), and the capacities of its edges: see `contrast_edges` and `affinity_edges`."""
@@ -138,9 +136,10 @@ class GraphCutPartitioner(Partitioner):
                 f"affinity of shape {list(affinity.shape)}, with a height and a width that are multiples of those of "
                 f"the {grid[0]} x {grid[1]} patches, and of a float or integer type, not {images.dtype}"
             )
-        sums, bad = patch_sums(images, grid)
-        self.warn_of("values of images", bad, "look for what made them before they came here")
-        return grid, contrast_edges(sums, grid, OF_CONTRAST if self.smoothness is None else self.smoothness)
+        smoothness = OF_CONTRAST if self.smoothness is None else self.smoothness
+        edges, bad = contrast_edges(images, grid, smoothness)
+        self.warn_of("values of images", bad, images.numel(), "look for what made them before they came here")
+        return grid, edges
 
 
 def _split_order(gains: list[Tensor], splits: int) -> Tensor:

@@ -1,10 +1,11 @@
 """Exact min cuts on 8-neighbour grids, a whole batch at a time."""
 
-from collections.abc import Iterator
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,13 +81,29 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
     return cut
 
 
-def edge_pairs(nodes: Any, capacity: Any) -> Iterator[tuple[Any, Any, Any, Any]]:
-    """Of nodes [B, H, W] and capacities [B, 8, H, W], the edges of four directions: from, to, forth, back, all flat."""
-    for pair, (rows, columns) in enumerate(OFFSETS[::2]):
-        here = (..., slice(-rows or None), slice(max(-columns, 0), -max(columns, 0) or None))
-        there = (..., slice(rows, None), slice(max(columns, 0), -max(-columns, 0) or None))
-        forth, back = capacity[:, 2 * pair][here], capacity[:, 2 * pair + 1][there]
-        yield nodes[here].ravel(), nodes[there].ravel(), forth.ravel(), back.ravel()
+@lru_cache(64)
+def neighbours(height: int, width: int) -> Any:
+    """The neighbour of each node of a grid in each direction, [8, N]; the node itself where there is none."""
+    row, column = np.divmod(np.arange(height * width), width)
+    around = [(row + down, column + right) for down, right in OFFSETS]
+    inside = [(y >= 0) & (y < height) & (x >= 0) & (x < width) for y, x in around]
+    return np.where(inside, [y * width + x for y, x in around], np.arange(height * width))
+
+
+@lru_cache(64)
+def _edges_of_one(height: int, width: int) -> tuple[Any, Any, Any, Any]:
+    there, nodes = neighbours(height, width)[::2], height * width
+    pair, here = np.nonzero(there != np.arange(nodes))
+    there = there[pair, here]
+    return here, there, 2 * pair * nodes + here, (2 * pair + 1) * nodes + there
+
+
+def grid_edges(capacity: Any) -> tuple[Any, Any, Any, Any]:
+    """Of capacities [B, 8, H, W], each pair of neighbours once: from, to, capacity forth and back, all flat."""
+    here, there, forth, back = _edges_of_one(*capacity.shape[2:])
+    first = np.arange(len(capacity))[:, None] * (capacity.shape[2] * capacity.shape[3])
+    flat = capacity.reshape(len(capacity), -1)
+    return (first + here).ravel(), (first + there).ravel(), flat[:, forth].ravel(), flat[:, back].ravel()
 
 
 def _small_cuts(device: torch.device, by_kernel: bool) -> list[Tensor]:

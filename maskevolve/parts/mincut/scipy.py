@@ -6,7 +6,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 from torch import Tensor
 
-from . import edge_pairs, plain
+from . import grid_edges, plain
 
 
 def min_cut(source: Tensor, sink: Tensor, capacity: Tensor) -> Tensor:
@@ -22,11 +22,11 @@ def min_cut(source: Tensor, sink: Tensor, capacity: Tensor) -> Tensor:
     capacities = np.minimum(capacity.cpu().numpy(), flow[:, None, None, None] + 1)
     nodes = np.arange(drawn.size, dtype=np.int32).reshape(drawn.shape)
     start, end = np.full_like(nodes, drawn.size), np.full_like(nodes, drawn.size + 1)
+    here, there, forth, back = grid_edges(capacities)
+    if (forth + back).max(initial=0) > np.iinfo(np.int32).max:
+        return plain.min_cut(source, sink, capacity)
     edges = [(start.ravel(), nodes.ravel(), supply.ravel()), (nodes.ravel(), end.ravel(), demand.ravel())]
-    for here, there, forth, back in edge_pairs(nodes, capacities):
-        if (forth + back).max(initial=0) > np.iinfo(np.int32).max:
-            return plain.min_cut(source, sink, capacity)
-        edges += [(here, there, forth), (there, here, back)]
+    edges += [(here, there, forth), (there, here, back)]
     tails, heads, weights = map(np.concatenate, zip(*edges, strict=True))
     used = weights.nonzero()
     weights, size = weights[used].astype(np.int32), drawn.size + 2

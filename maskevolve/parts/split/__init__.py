@@ -1,4 +1,4 @@
-"""A tree of parts, split in two a level at a time: the terminal capacities of each cut, and the gain of each split.
+"""A tree of parts, split in two a level at a time: the capacities of each cut, and the gain of each split.
 
 All sums are of integers, so their order does not matter: every device and every batch gives the same bits.
 """
@@ -10,22 +10,25 @@ import torch
 from torch import Tensor
 
 from ..kernel_trial import MOST_PATCHES, kernel_works
-from .plain import TorchParts
+from ..mincut import neighbours
+from .plain import HostParts
 
 
-def whole_images(gram: Tensor, by_kernel: bool | None = None) -> Any:
-    """The root of the tree, where an image is one part: by one kernel a step on a GPU with Triton, else in plain torch.
+def whole_images(
+    gram: Tensor, edges: Tensor, grid: tuple[int, int], weaken: bool, by_kernel: bool | None = None
+) -> Any:
+    """The root of the tree, where an image is one part: by two kernels a level on a GPU with Triton, else on the host.
 
     The inner products of features, `gram` [B, N, N], are float32, whole numbers, symmetric, and may be overwritten; the
-    magnitudes of a row sum to at most 2 ** 24.
+    magnitudes of a row sum to at most 2 ** 24. See `HostParts` for the others.
     """
     if by_kernel is None:
         by_kernel = gram.shape[1] <= MOST_PATCHES and kernel_works("two means", gram.device, _small_tree)
     if by_kernel:
         from .kernel import TritonParts
 
-        return TritonParts(gram)
-    return TorchParts(gram.to(exact_dtype()))
+        return TritonParts(gram, edges, grid, weaken)
+    return HostParts(gram.cpu().to(exact_dtype()), edges.cpu(), grid, weaken)
 
 
 def exact_dtype() -> torch.dtype:
@@ -37,8 +40,11 @@ def exact_dtype() -> torch.dtype:
 
 def _small_tree(device: torch.device, by_kernel: bool) -> list[Tensor]:
     features = (torch.arange(2 * 40 * 3, device="cpu") * 7919 % 19 - 9).view(2, 40, 3)
-    parts, made = whole_images((features @ features.mT).to(device, torch.float32), by_kernel), list[Tensor]()
+    edges = (torch.arange(2 * 8 * 40, device="cpu") * 7919 % 1001).int().view(2, 8, 40)
+    inside = torch.tensor(neighbours(5, 8) != range(40))
+    gram = (features @ features.mT).float()
+    parts, made = whole_images(gram.to(device), (edges * inside).to(device), (5, 8), True, by_kernel), list[Tensor]()
     for _ in range(2):
-        source, sink = parts.terminals()
-        made += source, sink, parts.split(source > 0), parts.labels.clone()
+        source, sink, capacity = parts.capacities()
+        made += source, sink, capacity, parts.split(source > 0), parts.labels.clone()
     return made

@@ -1,4 +1,4 @@
-"""The tree of parts on a GPU: one launch for the terminals of a level and one for its split, and no host sync.
+"""The tree of parts on a GPU: one launch for the capacities of a level and one for its split, and no host sync.
 
 It gives the same bits as `plain.py`. A program takes one part. The patches of a part are listed in a row, so that it
 reads only their rows and columns of the gram matrix: a level costs no more than the one above, and nothing is masked.
@@ -10,19 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .plain import LIMIT, LLOYD_STEPS, RESOLUTION, SCALE
+from .plain import LIMIT, LLOYD_STEPS, ONE, RESOLUTION, SCALE, fading
 
 LOADS = 32  # that a thread has under way at a time
 MIDDLE = tl.constexpr(6755399441055744.0)  # 1.5 * 2 ** 52: float64s near it are integers, so + - rounds, half to even
-SETTINGS = {"LLOYD_STEPS": LLOYD_STEPS, "RESOLUTION": RESOLUTION, "SCALE": SCALE, "LIMIT": LIMIT}
+SETTINGS = {"LLOYD_STEPS": LLOYD_STEPS, "RESOLUTION": RESOLUTION, "SCALE": SCALE, "LIMIT": LIMIT, "ONE": ONE}
 
 
 class TritonParts:
-    """See `TorchParts`. Memory beside the gram matrix: at most 40 bytes a patch, and 16 a part."""
+    """See `HostParts`. Memory beside the gram matrix and the edges: at most 72 bytes a patch, and 16 a part."""
 
-    def __init__(self, gram: Tensor) -> None:
+    def __init__(self, gram: Tensor, edges: Tensor, grid: tuple[int, int], weaken: bool) -> None:
         batch_size, patches, _ = gram.shape
-        self.gram, self.level = gram.contiguous(), 0
+        self.gram, self.edges, self.width, self.weaken, self.level = gram.contiguous(), edges, grid[1], weaken, 0
         self.inner = self.gram.sum(2)  # product of each patch with the sum of its part
         self.labels = torch.zeros(batch_size, patches, dtype=torch.long, device=gram.device)
         # The patches of part p of an image are order[starts[p]:starts[p + 1]], in rising order.
@@ -30,10 +30,11 @@ class TritonParts:
         self.starts = torch.arange(0, patches + 1, patches, dtype=torch.int32, device=gram.device).repeat(batch_size, 1)
         self.second = torch.empty_like(self.inner)  # where programs note what is in the second half
 
-    def terminals(self) -> tuple[Tensor, Tensor]:
-        source, sink = torch.empty_like(self.order), torch.empty_like(self.order)
-        self._run(_terminals_kernel, source, sink, **SETTINGS)
-        return source, sink
+    def capacities(self) -> tuple[Tensor, Tensor, Tensor]:
+        source, sink, capacity = (torch.empty_like(like) for like in (self.order, self.order, self.edges))
+        fade = fading(self.level, self.order.shape[1], self.weaken)
+        self._run(_capacities_kernel, source, sink, self.labels, self.edges, capacity, self.width, *fade, **SETTINGS)
+        return source, sink, capacity
 
     def split(self, sides: Tensor) -> Tensor:
         parts = 1 << self.level
@@ -94,10 +95,11 @@ def _product(gram, order, second, flags, size, patch, inside, patches, ROWS: tl.
     return product.to(tl.int64)
 
 
-@triton.jit
-def _terminals_kernel(
-    gram, order, starts, inner, second, source, sink, patches, LLOYD_STEPS: tl.constexpr, RESOLUTION: tl.constexpr,
-    SCALE: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["width", "scale", "small"])
+def _capacities_kernel(
+    gram, order, starts, inner, second, source, sink, labels, edges, capacity, width, scale, small, patches,
+    LLOYD_STEPS: tl.constexpr, RESOLUTION: tl.constexpr, SCALE: tl.constexpr, LIMIT: tl.constexpr, ONE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     gram, order, second, _start, size, patch, at, inside = _part(gram, order, starts, second, patches, BLOCK)
     if size == 0:
@@ -120,6 +122,15 @@ def _terminals_kernel(
     scaled = tl.minimum(tl.maximum((unit * SCALE / root + MIDDLE) - MIDDLE, -LIMIT), LIMIT)
     tl.store(source + at, tl.maximum(scaled, 0).to(tl.int32), mask=inside)
     tl.store(sink + at, tl.maximum(-scaled, 0).to(tl.int32), mask=inside)
+    # Edges within the part, to the east, west, south, north, south-east, north-west, south-west and north-east.
+    factor = scale.to(tl.int64) * tl.minimum(small * size, patches) // patches
+    for direction in range(8):
+        down, right = tl.where(direction > 1, 1, 0), tl.where(direction // 2 == 1, 0, tl.where(direction > 5, -1, 1))
+        step = (down * width + right) * (1 - 2 * (direction % 2))
+        edge = at + (at // patches * 7 + direction) * patches
+        room = tl.load(edges + edge, mask=inside, other=0).to(tl.int64)
+        other = tl.load(labels + at + step, mask=inside & (room > 0), other=-1)
+        tl.store(capacity + edge, tl.where(other == tl.program_id(1), room * factor >> ONE, 0), mask=inside)
 
 
 @triton.jit
