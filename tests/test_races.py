@@ -51,7 +51,7 @@ CUTS = [
     (cut, (12, 4, 0.8, 32)),
 ]
 TREES = [(tree, (1,)), (tree, (20, 3)), (tree, (49,)), (tree, (196, 1))]
-PICTURES = [(contrast, (1, 1, 2)), (contrast, (5, 8, 2)), (contrast, (33, 32, 1))]
+PICTURES = [(contrast, (5, 8, 2)), (contrast, (33, 32, 1, 1))]
 BARRIERS = {
     mincut: lambda: cut(12, 4, 0.8, band=32),
     split: lambda: tree(49, levels=1),

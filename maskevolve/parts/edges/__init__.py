@@ -58,6 +58,6 @@ def contrast_edges(
 
 
 def _small_images(device: torch.device, by_kernel: bool) -> list[Tensor]:
-    images = (torch.arange(2 * 3 * 10 * 12, device="cpu") * 7919 % 101).float().view(2, 3, 10, 12)
+    images = (torch.arange(2 * 10 * 12, device="cpu") * 7919 % 101).float().view(1, 2, 10, 12)
     images[0, 0, 0, 0] = torch.inf
     return [*contrast_edges(images.to(device), (5, 6), 16, by_kernel)]

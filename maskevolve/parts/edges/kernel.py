@@ -72,9 +72,9 @@ def _contrast_kernel(
             least = tl.where(inside, tl.minimum(least, darkest), least)
             tl.store(keys + patch, _ordered(darkest), mask=inside)
         low, high = tl.min(least), tl.max(most)
-        middle = _number(_ranked(keys, patches, (patches - 1) // 2, BLOCK))
+        middle = _number(_ranked(keys, patches, (patches - 1) // 2, 63, BLOCK))
         _distances(keys, patches, middle, BLOCK)
-        far = _number(_median(keys, patches, BLOCK)) * FAR
+        far = _number(_median(keys, patches, 63, BLOCK)) * FAR
         far = tl.where(far > 0, far, INF)
         low, high = _clip(low - middle, far), _clip(high - middle, far)
         scale = largest.to(tl.float64) / (high - low)
@@ -138,7 +138,7 @@ def _differences(
         tl.store(steps + first + lane, step, mask=first + lane < 4 * patches)
         tl.store(keys + first + lane, tl.abs(step), mask=first + lane < 4 * patches)
         pairs += tl.where(there >= 0, 1, 0)
-    median = tl.maximum(_median(keys, 4 * patches, BLOCK), 1).to(tl.float64)
+    median = tl.maximum(_median(keys, 4 * patches, 43, BLOCK), 1).to(tl.float64)
     nonzero = tl.zeros([BLOCK], tl.int64)
     for first in range(0, 4 * patches, BLOCK):
         inside = first + lane < 4 * patches
@@ -149,7 +149,7 @@ def _differences(
         tl.store(keys + first + lane, tl.abs(step), mask=inside)
         nonzero += tl.where(step != 0, 1, 0)
     outside = 4 * patches - tl.sum(pairs)
-    limit = _ranked(keys, 4 * patches, 4 * patches - tl.sum(nonzero) // 2 - 1, BLOCK)
+    limit = _ranked(keys, 4 * patches, 4 * patches - tl.sum(nonzero) // 2 - 1, 21, BLOCK)
     before, mean_square = limit - 1, limit
     while before < limit:
         number, square = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
@@ -192,11 +192,11 @@ def _there(place, height, width):
 
 
 @triton.jit
-def _ranked(keys, number, rank, BLOCK: tl.constexpr):
-    """Of whole numbers that were stored before, the one that `rank` others are below, or as many as can be."""
+def _ranked(keys, number, rank, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of whole numbers of so many bits and a sign, the one that `rank` others are below, or as many as can be."""
     found = tl.where(_below(keys, number, 0, BLOCK) > rank, FIRST_BIT, 0)
-    for bit in range(63):
-        candidate = found + (tl.full([], 1, tl.int64) << (62 - bit))
+    for bit in range(BITS):
+        candidate = found + (tl.full([], 1, tl.int64) << (BITS - 1 - bit))
         found = tl.where(_below(keys, number, candidate, BLOCK) <= rank, candidate, found)
     return found
 
@@ -213,10 +213,10 @@ def _below(keys, number, bound, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _median(keys, number, BLOCK: tl.constexpr):
+def _median(keys, number, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """The median of those keys, >= 0, that are not 0; 0 where there are none."""
     found = number - _below(keys, number, 1, BLOCK)
-    return _ranked(keys, number, tl.minimum(number - found + found // 2, number - 1), BLOCK)
+    return _ranked(keys, number, tl.minimum(number - found + found // 2, number - 1), BITS, BLOCK)
 
 
 @triton.jit
