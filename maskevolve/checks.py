@@ -1,6 +1,8 @@
 """Checks of what a user sets. The errors repeat the value and say what it must be."""
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,3 +45,21 @@ def check_range(name: str, value: Any, what: str, most: float = math.inf) -> Non
     pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_number, value))
     if not pair or not 0 < value[0] <= value[1] <= most or value[1] == math.inf:
         raise ValueError(f"{name}={value!r} must be {what}")
+
+
+def check_memory(what: str, needed: int, device: torch.device) -> None:
+    """Raise ValueError where a device has less than the needed bytes; `what` says of what size what needs them is."""
+    if needed > 1 << 30 and (found := memory_of(device)) is not None and needed > found:
+        sizes = f"{what} needs at least {needed / 2**30:.1f} GiB, but there are {found / 2**30:.1f} GiB on {device}"
+        raise ValueError(f"{sizes}: give fewer images at a time, or larger patches")
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes: all of a GPU's, what is available of a Linux host's; None where they are not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    information = Path("/proc/meminfo")
+    if device.type != "cpu" or not information.exists():
+        return None
+    available = re.search(r"MemAvailable:\s+(\d+) kB", information.read_text())
+    return available and int(available[1]) << 10

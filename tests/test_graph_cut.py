@@ -18,6 +18,7 @@ from torchvision import tv_tensors
 from maskevolve import EMPartitioner, GraphCutPartitioner, PartMask
 from maskevolve.parts.affinity import interpolate
 from maskevolve.parts.split import exact_dtype
+from maskevolve.teachers.attention_mode import _attention
 
 KINDS = [GraphCutPartitioner, EMPartitioner]
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -324,3 +325,22 @@ class TestStride:
     def test_what_does_not_fit(self, grid, stride, images, words):
         with pytest.raises(ValueError, match=words):
             GraphCutPartitioner()(torch.rand(1, 4, 4), 2, grid, torch.rand(1, 3, 16, 16) if images else None, stride)
+
+
+@pytest.mark.parametrize("kind", [GraphCutPartitioner, EMPartitioner])
+def test_an_affinity_larger_than_memory_is_refused_before_it_is_copied(kind):
+    affinity = torch.rand(1, 1, 1).expand(2, 10**6, 10**6)
+    with pytest.raises(ValueError, match=r"\[2, 1000000, 1000000\] needs at least 7450.6 GiB, but there are .* on cpu"):
+        kind()(affinity)
+
+
+def test_a_grid_whose_products_are_larger_than_memory_is_refused():
+    affinity, images = torch.rand(1, 2500, 2500), torch.rand(1, 1, 1000, 1000)
+    with pytest.raises(ValueError, match=r"1 x 500 x 500 needs at least 582.1 GiB, .*fewer images"):
+        GraphCutPartitioner()(affinity, 10, (500, 500), images, 10)
+
+
+def test_attention_larger_than_memory_is_refused_before_it_is_taken():
+    tokens = torch.rand(1, 1, 1, 1).expand(1, 1, 10**6, 1)
+    with pytest.raises(ValueError, match=r"\[1, 1, 1000000, 1000000\] needs at least 7450.6 GiB"):
+        _attention(tokens, tokens, tokens)

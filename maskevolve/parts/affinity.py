@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_whole
+from ..checks import check_memory, check_whole
 from ..grid import GridSize, check_grid, every
 from .hierarchy import check_num_parts
 from .segmentation import plain_tensor
@@ -36,6 +36,7 @@ class Partitioner(nn.Module):
         if given.ndim not in (3, 4) or given.shape[-1] != given.shape[-2] or 0 in given.shape[1:]:
             what = "[B, N, N] or [B, heads, N, N], with a row and a column for each patch"
             raise ValueError(f"affinity has shape {list(given.shape)}, but must be {what}")
+        check_memory(f"a copy of an affinity {list(given.shape)}", given.numel() * given.element_size(), given.device)
         affinity = given.nan_to_num(0, 0, 0)
         count = torch.count_nonzero(given != affinity)
         self.warn_of("affinities", count, given.numel(), "the model that they come from may have diverged")

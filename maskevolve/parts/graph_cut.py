@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_number
+from ..checks import check_memory, check_number
 from ..grid import GridSize, resolve_grid
 from .affinity import Partitioner, interpolate, safe_divisor, strided_grid, wide_dtype
 from .edges import affinity_edges, contrast_edges
@@ -34,8 +34,8 @@ class GraphCutPartitioner(Partitioner):
         solver: of `maskevolve.parts.grid_min_cut`: "auto", "pymaxflow", "scipy", "torch" or "triton".
 
     Memory: about 24 bytes for each pair of patches of an image beside the affinity, 28 where float32 products may be
-    rounded (TF32); so 236 MB for 256 images of 14 x 14 patches. With images, and given back before that: up to 17 bytes
-    for each value of the images and 500 for each patch and channel; so 0.7 GB for 256 of 3 x 224 x 224.
+    rounded (TF32); so 236 MB for 256 images of 14 x 14 patches. With images, and given back before that: 40 bytes for
+    each patch and channel on a GPU with Triton, else 350, and a few images in float64. What cannot fit is refused.
     On a GPU with Triton, up to 4096 patches: no wait of the host, so that a CUDA graph can hold the call.
 
     Examples:
@@ -107,6 +107,8 @@ class GraphCutPartitioner(Partitioner):
         with torch.autocast(affinity.device.type, enabled=False):
             affinity = affinity + affinity.mT
             grid, edges = self._edges(affinity, grid_size, images, stride)
+            size, pairs = f"{len(affinity)} x {grid[0]} x {grid[1]}", len(affinity) * (grid[0] * grid[1]) ** 2
+            check_memory(f"a cut of [images x rows x columns of patches] {size}", 10 * pairs, affinity.device)
             parts = whole_images(_gram(affinity, grid, stride), edges, grid, weaken=images is not None)
             gains, patches = list[Tensor](), grid[0] * grid[1]
             # A balanced tree and more levels for unequal parts, unless these would come down to one patch.

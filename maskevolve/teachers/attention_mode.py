@@ -5,6 +5,7 @@ Hooks mark which module is running; a torch-function mode sees the queries and k
 rotary embeddings and biases are included. All of it is gone when the context ends.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from inspect import signature
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention, softmax
 from torch.overrides import TorchFunctionMode
+
+from ..checks import check_memory
 
 Enter = Callable[[nn.Module, list[Tensor]], None]
 Take = Callable[[nn.Module, Tensor], None]
@@ -80,6 +83,8 @@ def _attention(
         query, key = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (query, key))
         if enable_gqa:
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        shape = [*query.shape[:-1], key.shape[-2]]
+        check_memory(f"reading attention {shape}", 8 * math.prod(shape), query.device)
         logits = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
         if is_causal:
             attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .plain import FAR, LARGEST, LEAST_COLOUR, LIMIT, MOST_STEPS, OUTLIER, STEP
+from ..split.plain import LIMIT
+from .plain import FAR, LARGEST, LEAST_COLOUR, MOST_STEPS, OUTLIER, STEP
 
 MIDDLE = tl.constexpr(6755399441055744.0)  # 1.5 * 2 ** 52: float64s near it are integers, so + - rounds, half to even
 INF = tl.constexpr(float("inf"))
