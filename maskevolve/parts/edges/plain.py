@@ -42,8 +42,8 @@ def _ranges(images: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 def _patches(images: Tensor, grid: tuple[int, int]) -> Tensor:
     """[B, C, h, y, w, x]: rows of patches, rows of pixels in each, patches in a row, pixels in a row of each."""
-    rows: Tensor = images.unflatten(2, (grid[0], -1))
-    return rows.unflatten(4, (grid[1], -1))
+    patches: Tensor = images.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
+    return patches
 
 
 def patch_sums(images: Tensor, darkest: Any, brightest: Any, grid: tuple[int, int]) -> Any:
