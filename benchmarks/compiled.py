@@ -72,6 +72,8 @@ class Compiler:
             with redirect_stdout(io.StringIO()) as log:
                 compiled = self.kernel.warmup(*args, grid=grid, **options)
             row = {"kernel": self.kernel.__name__, "sm": self.sm}
+            if "IS_NARROW" in options:
+                row["bits"] = 32 if options["IS_NARROW"] else 64
             self.rows.append({**row, **needs(compiled, log.getvalue(), self.sm)})
 
         return compile_it

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 HOME = Path(__file__).parents[1]
-PAGES = [HOME / "README.md", HOME / "docs/costs.md", HOME / "docs/results.md"]
+PAGES = [HOME / "README.md", HOME / "docs/costs.md", HOME / "docs/results.md", HOME / "benchmarks/results/README.md"]
 RESULTS = Path(__file__).parent / "results"
 GPU = "nvidia-h200"
 TRAINED = ("vit_small_patch14_dinov2",)
@@ -26,6 +26,7 @@ def render(text: str) -> str:
     tables = {
         "masks": masks,
         "partition": partition,
+        "compiled": compiled,
         "step": step,
         "teachers": teachers,
         "parts": parts,
@@ -72,6 +73,20 @@ def partition() -> str:
         return {(label(row), row["name"]): _ratio(row) for row in rows} | peak
 
     return by_machine("partition", cells)
+
+
+def compiled() -> str:
+    """Registers of a thread, spilled bytes of it and bytes of shared memory of each kernel on each kind of card."""
+    rows = json.loads((RESULTS / "compiled/kernels.json").read_text())["rows"]
+    cards = dict.fromkeys(row["sm"] for row in rows)
+    cells: dict[str, dict[int, str]] = {}
+    for row in rows:
+        kernel = row["kernel"].strip("_").removesuffix("_kernel").replace("_", " ")
+        label = f"{kernel}, {row['case']}" + (f", {row['bits']} bits" if "bits" in row else "")
+        needs = f"{row['registers']}; {row['spill_stores']}; {row['shared']}"
+        cells.setdefault(label, {})[row["sm"]] = needs if row["fits"] else f"{needs}: does not fit"
+    lines = ["| | " + " | ".join(f"sm_{sm}" for sm in cards) + " |", "| --- |" + " ---: |" * len(cards)]
+    return "\n".join(lines + [f"| {label} | " + " | ".join(of.values()) + " |" for label, of in cells.items()])
 
 
 def step() -> str:

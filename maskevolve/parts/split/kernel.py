@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .plain import LIMIT, LLOYD_STEPS, ONE, RESOLUTION, SCALE, fading
+from .plain import LEVEL, LIMIT, LLOYD_STEPS, ONE, RESOLUTION, SCALE, SMALL
 
 LOADS = 32  # that a thread has under way at a time
 MIDDLE = tl.constexpr(6755399441055744.0)  # 1.5 * 2 ** 52: float64s near it are integers, so + - rounds, half to even
@@ -32,7 +32,7 @@ class TritonParts:
 
     def capacities(self) -> tuple[Tensor, Tensor, Tensor]:
         source, sink, capacity = (torch.empty_like(like) for like in (self.order, self.order, self.edges))
-        fade = fading(self.level, self.order.shape[1], self.weaken)
+        fade = (round(LEVEL**self.level * (1 << ONE)), SMALL) if self.weaken else (1 << ONE, self.order.shape[1])
         self._run(_capacities_kernel, source, sink, self.labels, self.edges, capacity, self.width, *fade, **SETTINGS)
         return source, sink, capacity
 

@@ -18,12 +18,7 @@ SCALE = 1 << 16  # the root mean square of the terminals of a part; a mean edge
 LIMIT = 1 << 30
 SMALL = 8  # parts below this share of an image have weaker contrast edges, so that they can be split
 LEVEL = 0.9  # of the contrast edges of one level of the tree, those of the next, so that large parts can be split
-ONE = 20  # bits of what edges are multiplied with
-
-
-def fading(level: int, patches: int, weaken: bool) -> tuple[int, int]:
-    """How edges are weakened at a level: by a factor, in 2 ** -20, and in parts below one in so many patches."""
-    return (round(LEVEL**level * (1 << ONE)), SMALL) if weaken else (1 << ONE, patches)
+ONE = 20  # bits after the point of what edges are multiplied by
 
 
 class HostParts:
@@ -38,8 +33,10 @@ class HostParts:
     """
 
     def __init__(self, gram: Tensor, edges: Tensor, grid: tuple[int, int], weaken: bool) -> None:
-        self.gram, self.edges, self.grid, self.weaken, self.level = gram, edges.long().numpy(), grid, weaken, 0
+        self.gram, self.edges, self.grid = gram.contiguous(), edges.numpy(), grid
+        self.weaken, self.level = weaken, 0
         batch_size, patches, _ = gram.shape
+        self.rows = self.gram.numpy()  # the same memory
         self.same = torch.empty_like(gram)  # kept, since new memory costs more than the comparison
         self.sides = gram.new_empty(batch_size, patches)  # of the last split, which the gram matrix does not know yet
         self.labels = torch.zeros(batch_size, patches, dtype=torch.long)
@@ -82,10 +79,12 @@ class HostParts:
 
     def edges_of_parts(self, size: Any) -> Tensor:
         labels, patches = self.labels.numpy(), self.labels.shape[1]
-        scale, small = fading(self.level, patches, self.weaken)
-        factor = np.empty_like(self.order)
-        factor[self.order] = scale * np.minimum(small * size, patches) // patches
         kept = labels[:, neighbours(*self.grid)] == labels[:, None]
+        if not self.weaken:
+            return torch.from_numpy(self.edges * kept)
+        scale = round(LEVEL**self.level * (1 << ONE))
+        factor = np.empty_like(self.order)
+        factor[self.order] = scale * np.minimum(SMALL * size, patches) // patches
         return torch.from_numpy((self.edges * (kept * factor.reshape(-1, 1, patches)) >> ONE).astype(np.int32))
 
     def split(self, sides: Tensor) -> Tensor:
@@ -107,8 +106,9 @@ class HostParts:
         # Each part's first half, then its second, in the order that they were in.
         place = (2 * self.member + second).argsort(kind="stable")
         self.order, self.inner, self.norms = self.order[place], self.inner[place], self.norms[place]
-        sizes = np.stack([self.sizes - count, count], 1).ravel()
-        node = np.stack([2 * self.node, 2 * self.node + 1], 1).ravel()
+        sizes, node = count.repeat(2), (2 * self.node).repeat(2)
+        sizes[::2] = self.sizes - count
+        node[1::2] += 1
         self.sizes, self.node = sizes[sizes > 0], node[sizes > 0]
         self.starts = self.sizes.cumsum() - self.sizes
         self.member = np.repeat(np.arange(len(self.sizes)), self.sizes)
@@ -125,16 +125,15 @@ class HostParts:
 
     def product(self, chosen: Any) -> Any:
         """Inner product of each patch of the row with the sum of those of its part that are chosen."""
-        gram = self.gram.numpy()
-        flags = np.empty(self.labels.shape, dtype=gram.dtype)
+        flags = np.empty((len(self.rows), 1, self.rows.shape[1]), dtype=self.rows.dtype)
         flags.ravel()[self.order] = chosen
-        product = np.einsum("bi,bij->bj", flags, gram)  # unlike @, this has no threads, which would wait for torch's
-        return product.ravel()[self.order].astype(np.int64)
+        product = torch.bmm(torch.from_numpy(flags), self.gram)  # NumPy's product has threads that wait for torch's
+        return product.numpy().ravel()[self.order].astype(np.int64)
 
     def column_of_largest(self, values: Any) -> Any:
         """Inner product of each patch with the patch of its part that has the largest value, the first of these."""
-        patches = self.labels.shape[1]
+        patches = self.rows.shape[1]
         last = patches - 1 - self.order % patches  # higher for patches that come first
         largest = np.maximum.reduceat(values * patches + last, self.starts)
         seed = patches - 1 - largest % patches
-        return self.gram.view(-1).numpy()[self.order * patches + self.spread(seed)].astype(np.int64)
+        return self.rows.ravel()[self.order * patches + self.spread(seed)].astype(np.int64)
