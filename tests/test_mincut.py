@@ -103,8 +103,11 @@ def test_kernel_returns_the_same_bits_whatever_its_bound(rounds, height, width, 
     assert torch.equal(triton_min_cut(*grid, rounds=rounds), grid_min_cut(*grid, solver="torch"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("height", "width", "band"), [(6, 7, 1024), (9, 5, 32), (2, 13, 32)])
+ONE_BAND = [(kind, 6, 7, 1024) for kind in KINDS]
+MANY_BANDS = [(kind, 9, 5, 32) for kind in ("limits", "sparse", "snake", "comb", "corner")] + [("limits", 2, 20, 32)]
+
+
+@pytest.mark.parametrize(("kind", "height", "width", "band"), ONE_BAND + MANY_BANDS)
 def test_easy_and_hard_grids_give_the_same_bits_in_one_band_and_in_many(kind, height, width, band):
     """With sums that fit 32 bits and, but for kinds of small numbers, with sums that do not, in one batch."""
     grid = random_grids(kind, height, width, torch.Generator().manual_seed(height), batch_size=2)
