@@ -89,16 +89,31 @@ def test_parts_do_not_wait_for_the_gpu_and_are_those_of_the_cpu(images):
     assert different.float().mean() < 0.01, "rounding of features may move a few patches"
 
 
-@pytest.mark.parametrize("stride", [2, 3])
-def test_the_affinity_of_every_few_patches_needs_no_wait_and_gives_the_parts_of_the_cpu(stride):
-    size, images = len(range(13 % stride // 2, 14, stride)), photographs(16, 224)
-    _, affinity = planted_attention(16, size, size, 6, strength=0.5, noise=1, heads=4)
+@pytest.mark.parametrize(("side", "stride"), [(14, 2), (14, 3), (37, 2), (64, 2)])
+def test_the_affinity_of_every_few_patches_needs_no_wait_and_gives_the_parts_of_the_cpu(side, stride):
+    grid, size, images = (side, side), len(range((side - 1) % stride // 2, side, stride)), photographs(4, 8 * side)
+    _, affinity = planted_attention(4, size, size, 6, strength=0.5, noise=1, heads=4)
     partitioner, on_gpu, pictures = GraphCutPartitioner(), affinity.cuda(), images.cuda()
-    partitioner(on_gpu, 10, (14, 14), pictures, stride)  # compiles
+    partitioner(on_gpu, 10, grid, pictures, stride)  # compiles
     with no_host_sync():
-        parts = partitioner(on_gpu, 10, (14, 14), pictures, stride)
-    different = parts.cpu() != GraphCutPartitioner()(affinity, 10, (14, 14), images, stride)
+        parts = partitioner(on_gpu, 10, grid, pictures, stride)
+        alone = partitioner(on_gpu[:1], 10, grid, pictures[:1], stride)
+    assert torch.equal(alone, parts[:1])
+    different = parts.cpu() != GraphCutPartitioner()(affinity, 10, grid, images, stride)
     assert different.float().mean() < 0.01, "rounding of features may move a few patches"
+
+
+def test_grids_beyond_the_kernels_are_cut_on_the_host():
+    grid = random_grid(65, 64, 1000, 0.5, seed=0, batch_size=2)
+    expected = grid_min_cut(*grid, solver="pymaxflow")
+    for solver in ("auto", "triton"):
+        ours = grid_min_cut(*(tensor.cuda() for tensor in grid), solver=solver)
+        assert ours.is_cuda
+        assert torch.equal(ours.cpu(), expected)
+    affinity, images = torch.rand(1, 33 * 33, 33 * 33), photographs(1, 4 * 65)
+    parts = GraphCutPartitioner()(affinity.cuda(), 10, 65, images.cuda(), 2)
+    assert parts.is_cuda
+    assert (parts.cpu() != GraphCutPartitioner()(affinity, 10, 65, images, 2)).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("side", [1, 7, 14, 28, 56])
