@@ -22,7 +22,7 @@ STATE = tl.constexpr(11)  # numbers of a node: excess, what it can give to the s
 
 
 def min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, rounds: int = ROUNDS, band: int = BAND) -> Tensor:
-    """See `grid_min_cut`. Grids of more than `band` nodes are cut in bands; no side may be longer than `band` / 4.
+    """See `grid_min_cut`. Grids of more than `band` nodes are cut in bands, whose rows have at most `band` / 4.
 
     The kernel pushes for at most `rounds` rounds of sweeps. If excess is left that can reach the sink, it goes on with
     exact heights before every sweep. Then in each sweep all such excess moves one step nearer to the sink, or a node's

@@ -42,7 +42,7 @@ class HostParts:
         self.labels = torch.zeros(batch_size, patches, dtype=torch.long)
         self.norms = gram.diagonal(dim1=1, dim2=2).flatten().numpy().astype(np.int64)
         self.inner = gram.sum(2).flatten().numpy().astype(np.int64)  # product of each patch with the sum of its part
-        self.order = np.arange(batch_size * patches)  # which patch of all is at each place of the row
+        self.order = np.arange(batch_size * patches, dtype=np.int64)  # which patch of all is at each place of the row
         self.starts, self.sizes = self.order[::patches], np.full(batch_size, patches)  # of parts that have patches
         self.node = np.arange(batch_size)  # image * 2 ** level + label of these
         self.member = np.repeat(self.node, self.sizes)  # which of these parts each patch of the row belongs to
