@@ -54,50 +54,18 @@ def _contrast_kernel(
     scratch += image * (5 * patches * channels + 2 * channels + 4 * patches)
     keys, sums, steps = scratch, scratch + 4 * patches, scratch + (4 + channels) * patches
     roots = steps + 4 * channels * patches
-    bad_values = tl.zeros([BLOCK], tl.int64)
+    bad_values = tl.full([], 0, tl.int64)
     for channel in range(channels):
-        pixels = images + channel * patches * tall * wide
-        least, most = tl.full([BLOCK], INF, tl.float64), tl.full([BLOCK], -INF, tl.float64)
-        for first in range(0, patches, BLOCK):
-            patch = first + lane
-            inside, corner = patch < patches, patch // width * tall * width * wide + patch % width * wide
-            darkest = tl.full([BLOCK], INF, tl.float64)
-            for pixel in range(tall * wide):
-                place = corner + pixel // wide * width * wide + pixel % wide
-                value = tl.load(pixels + place, mask=inside, other=0).to(tl.float64)
-                finite = tl.abs(value) < INF
-                value = tl.where(finite, value, 0)
-                bad_values += tl.where(finite, 0, 1)
-                darkest = tl.minimum(darkest, value)
-                most = tl.where(inside, tl.maximum(most, value), most)
-            least = tl.where(inside, tl.minimum(least, darkest), least)
-            tl.store(keys + patch, _ordered(darkest), mask=inside)
-        low, high = tl.min(least), tl.max(most)
-        middle = _number(_ranked(keys, patches, (patches - 1) // 2, 63, BLOCK))
-        _distances(keys, patches, middle, BLOCK)
-        far = _number(_median(keys, patches, 63, BLOCK)) * FAR
-        far = tl.where(far > 0, far, INF)
-        low, high = _clip(low - middle, far), _clip(high - middle, far)
-        scale = largest.to(tl.float64) / (high - low)
-        scale = tl.where(scale < INF, scale, 0)
-        low = tl.where(scale > 0, low, 0)
-        for first in range(0, patches, BLOCK):
-            patch = first + lane
-            inside, corner = patch < patches, patch // width * tall * width * wide + patch % width * wide
-            total = tl.zeros([BLOCK], tl.float64)
-            for pixel in range(tall * wide):
-                place = corner + pixel // wide * width * wide + pixel % wide
-                value = tl.load(pixels + place, mask=inside, other=0).to(tl.float64)
-                value = tl.where(tl.abs(value) < INF, value, 0)
-                total += _round((_clip(value - middle, far) - low) * scale)
-            tl.store(sums + channel * patches + patch, total.to(tl.int64), mask=inside)
-        root, limit = _differences(
-            keys, sums + channel * patches, steps + 4 * channel * patches, height, width, STEP, MOST_STEPS, OUTLIER,
-            BLOCK,
-        )  # fmt: skip
+        pixels, its_sums = images + channel * patches * tall * wide, sums + channel * patches
+        low, high, its_bad = _ranges(pixels, keys, height, width, tall, wide, BLOCK)
+        middle, far, low, scale = _scale(keys, patches, low, high, largest, FAR, BLOCK)
+        _sum_patches(pixels, its_sums, middle, far, low, scale, height, width, tall, wide, BLOCK)
+        its_steps = steps + 4 * channel * patches
+        root, limit = _differences(keys, its_sums, its_steps, height, width, STEP, MOST_STEPS, OUTLIER, BLOCK)
         tl.store(roots + 2 * channel, root)
         tl.store(roots + 2 * channel + 1, limit)
-    tl.store(bad + image, tl.sum(bad_values))
+        bad_values += its_bad
+    tl.store(bad + image, bad_values)
     tl.debug_barrier()  # all have stored their steps
     nothing = tl.zeros([BLOCK], tl.int64)
     of_brightness, of_colour, count = nothing, nothing, nothing
@@ -121,6 +89,58 @@ def _contrast_kernel(
         pair, patch, there = (first + lane) // patches, (first + lane) % patches, _there(first + lane, height, width)
         tl.store(edges + 2 * pair * patches + patch, capacity, mask=there >= 0)
         tl.store(edges + (2 * pair + 1) * patches + there, capacity, mask=there >= 0)
+
+
+@triton.jit
+def _ranges(pixels, keys, height, width, tall, wide, BLOCK: tl.constexpr):
+    """Least and greatest value of a channel and how many are NaN or inf; the least of each patch becomes its key."""
+    least, most = tl.full([BLOCK], INF, tl.float64), tl.full([BLOCK], -INF, tl.float64)
+    bad = tl.zeros([BLOCK], tl.int64)
+    for first in range(0, height * width, BLOCK):
+        patch = first + tl.arange(0, BLOCK)
+        inside, darkest = patch < height * width, tl.full([BLOCK], INF, tl.float64)
+        for pixel in range(tall * wide):
+            value = tl.load(pixels + _place(patch, pixel, width, tall, wide), mask=inside, other=0).to(tl.float64)
+            finite = tl.abs(value) < INF
+            value, bad = tl.where(finite, value, 0), bad + tl.where(finite, 0, 1)
+            darkest, most = tl.minimum(darkest, value), tl.where(inside, tl.maximum(most, value), most)
+        least = tl.where(inside, tl.minimum(least, darkest), least)
+        tl.store(keys + patch, _ordered(darkest), mask=inside)
+    return tl.min(least), tl.max(most), tl.sum(bad)
+
+
+@triton.jit
+def _scale(keys, patches, low, high, largest, FAR: tl.constexpr, BLOCK: tl.constexpr):
+    """The usual value of a channel, how far from it values are clipped, the least of these, and what they are times."""
+    middle = _number(_ranked(keys, patches, (patches - 1) // 2, 63, BLOCK))
+    for first in range(0, patches, BLOCK):
+        patch = first + tl.arange(0, BLOCK)
+        distance = tl.abs(_number(tl.load(keys + patch, mask=patch < patches, other=0)) - middle)
+        tl.store(keys + patch, _ordered(distance), mask=patch < patches)
+    far = _number(_median(keys, patches, 63, BLOCK)) * FAR
+    far = tl.where(far > 0, far, INF)
+    low, high = _clip(low - middle, far), _clip(high - middle, far)
+    scale = largest.to(tl.float64) / (high - low)
+    scale = tl.where(scale < INF, scale, 0)
+    return middle, far, tl.where(scale > 0, low, 0), scale
+
+
+@triton.jit
+def _sum_patches(pixels, sums, middle, far, low, scale, height, width, tall, wide, BLOCK: tl.constexpr):
+    for first in range(0, height * width, BLOCK):
+        patch, total = first + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float64)
+        for pixel in range(tall * wide):
+            place = _place(patch, pixel, width, tall, wide)
+            value = tl.load(pixels + place, mask=patch < height * width, other=0).to(tl.float64)
+            value = tl.where(tl.abs(value) < INF, value, 0)
+            total += _round((_clip(value - middle, far) - low) * scale)
+        tl.store(sums + patch, total.to(tl.int64), mask=patch < height * width)
+
+
+@triton.jit
+def _place(patch, pixel, width, tall, wide):
+    """Of a pixel of each patch, in a channel."""
+    return (patch // width * tall + pixel // wide) * width * wide + patch % width * wide + pixel % wide
 
 
 @triton.jit
@@ -218,15 +238,6 @@ def _median(keys, number, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """The median of those keys, >= 0, that are not 0; 0 where there are none."""
     found = number - _below(keys, number, 1, BLOCK)
     return _ranked(keys, number, tl.minimum(number - found + found // 2, number - 1), BITS, BLOCK)
-
-
-@triton.jit
-def _distances(keys, number, middle, BLOCK: tl.constexpr):
-    """In place of ordered keys, those of the distances of their numbers to a number."""
-    for first in range(0, number, BLOCK):
-        place = first + tl.arange(0, BLOCK)
-        distance = tl.abs(_number(tl.load(keys + place, mask=place < number, other=0)) - middle)
-        tl.store(keys + place, _ordered(distance), mask=place < number)
 
 
 @triton.jit
