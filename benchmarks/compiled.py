@@ -71,9 +71,8 @@ class Compiler:
             self.kernel.device_caches.clear()  # for the log
             with redirect_stdout(io.StringIO()) as log:
                 compiled = self.kernel.warmup(*args, grid=grid, **options)
-            row = {"kernel": self.kernel.__name__, "sm": self.sm}
-            if "IS_NARROW" in options:
-                row["bits"] = 32 if options["IS_NARROW"] else 64
+            bits = {True: 32, False: 64}.get(options.get("IS_NARROW"))  # of which kernels there are two
+            row = {"kernel": self.kernel.__name__, "bits": bits, "sm": self.sm}
             self.rows.append({**row, **needs(compiled, log.getvalue(), self.sm)})
 
         return compile_it

@@ -82,7 +82,7 @@ def compiled() -> str:
     cells: dict[str, dict[int, str]] = {}
     for row in rows:
         kernel = row["kernel"].strip("_").removesuffix("_kernel").replace("_", " ")
-        label = f"{kernel}, {row['case']}" + (f", {row['bits']} bits" if "bits" in row else "")
+        label = f"{kernel}, {row['case']}" + (f", {row['bits']} bits" if row["bits"] else "")
         needs = f"{row['registers']}; {row['spill_stores']}; {row['shared']}"
         cells.setdefault(label, {})[row["sm"]] = needs if row["fits"] else f"{needs}: does not fit"
     lines = ["| | " + " | ".join(f"sm_{sm}" for sm in cards) + " |", "| --- |" + " ---: |" * len(cards)]
