@@ -47,11 +47,18 @@ def check_range(name: str, value: Any, what: str, most: float = math.inf) -> Non
         raise ValueError(f"{name}={value!r} must be {what}")
 
 
+LITTLE = 1 << 30  # bytes, for which it is not worth to look how many there are
+
+
+class TooLarge(ValueError, MemoryError):
+    """What would not fit into memory. As a MemoryError, it is not taken for a fault of the model that is tried."""
+
+
 def check_memory(what: str, needed: int, device: torch.device) -> None:
-    """Raise ValueError where a device has less than the needed bytes; `what` says of what size what needs them is."""
-    if needed > 1 << 30 and (found := memory_of(device)) is not None and needed > found:
+    """Raise TooLarge where a device has less than the needed bytes; `what` says of what size what needs them is."""
+    if needed > LITTLE and (found := memory_of(device)) is not None and needed > found:
         sizes = f"{what} needs at least {needed / 2**30:.1f} GiB, but there are {found / 2**30:.1f} GiB on {device}"
-        raise ValueError(f"{sizes}: give fewer images at a time, or larger patches")
+        raise TooLarge(f"{sizes}: give fewer images at a time, larger patches, or read fewer by a larger stride")
 
 
 def memory_of(device: torch.device) -> int | None:

@@ -32,10 +32,7 @@ class Partitioner(nn.Module):
 
     def clean(self, affinity: Tensor) -> Tensor:
         """Checked, [B, N, N] in 32 bits or more: mean over heads, NaN, inf and negative ones 0, the largest 1."""
-        given = plain_tensor("affinity", affinity)
-        if given.ndim not in (3, 4) or given.shape[-1] != given.shape[-2] or 0 in given.shape[1:]:
-            what = "[B, N, N] or [B, heads, N, N], with a row and a column for each patch"
-            raise ValueError(f"affinity has shape {list(given.shape)}, but must be {what}")
+        given = check_affinity(affinity)
         check_memory(f"a copy of an affinity {list(given.shape)}", given.numel() * given.element_size(), given.device)
         affinity = given.nan_to_num(0, 0, 0)
         count = torch.count_nonzero(given != affinity)
@@ -57,6 +54,15 @@ class Partitioner(nn.Module):
                 counted = f"{found} of {total} {what} are NaN or inf and count as 0"
                 warnings.warn(f"{counted}: {cause}. This warning is given once.", stacklevel=5)
             seen.copy_(count, non_blocking=True)
+
+
+def check_affinity(affinity: Any) -> Tensor:
+    """An affinity as a plain tensor; ValueError where it has another shape than one for each pair of patches."""
+    given = plain_tensor("affinity", affinity)
+    if given.ndim not in (3, 4) or given.shape[-1] != given.shape[-2] or 0 in given.shape[1:]:
+        what = "[B, N, N] or [B, heads, N, N], with a row and a column for each patch"
+        raise ValueError(f"affinity has shape {list(given.shape)}, but must be {what}")
+    return given
 
 
 def interpolate(affinity: Tensor, grid: tuple[int, int], stride: int) -> Tensor:

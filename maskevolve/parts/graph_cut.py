@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checks import check_memory, check_number
 from ..grid import GridSize, resolve_grid
-from .affinity import Partitioner, interpolate, safe_divisor, strided_grid, wide_dtype
+from .affinity import Partitioner, check_affinity, interpolate, safe_divisor, strided_grid, wide_dtype
 from .edges import affinity_edges, contrast_edges
 from .hierarchy import PartHierarchy, check_num_parts
 from .mincut import SOLVERS, grid_min_cut
@@ -36,6 +36,7 @@ class GraphCutPartitioner(Partitioner):
     Memory: about 24 bytes for each pair of patches of an image beside the affinity, 28 where float32 products may be
     rounded (TF32); so 236 MB for 256 images of 14 x 14 patches. With images, and given back before that: 40 bytes for
     each patch and channel on a GPU with Triton, else 350, and a few images in float64. What cannot fit is refused.
+    With a stride, pairs are those of all patches of the grid.
     On a GPU with Triton, up to 4096 patches: no wait of the host, so that a CUDA graph can hold the call.
 
     Examples:
@@ -103,14 +104,15 @@ class GraphCutPartitioner(Partitioner):
 
         A solve for more parts goes deeper, so that its cut(K) may differ from that of a solve for K.
         """
-        num_parts, affinity = check_num_parts(num_parts, self.num_parts), self.clean(affinity)
-        with torch.autocast(affinity.device.type, enabled=False):
+        num_parts, given = check_num_parts(num_parts, self.num_parts), check_affinity(affinity)
+        grid, images = _check_images(given, grid_size, images, stride)
+        patches, what = grid[0] * grid[1], f"a cut of {len(given)} images of {grid[0]} x {grid[1]} patches"
+        check_memory(what, 10 * len(given) * patches**2, given.device)
+        with torch.autocast(given.device.type, enabled=False):
+            affinity = self.clean(given)
             affinity = affinity + affinity.mT
-            grid, edges = self._edges(affinity, grid_size, images, stride)
-            size, pairs = f"{len(affinity)} x {grid[0]} x {grid[1]}", len(affinity) * (grid[0] * grid[1]) ** 2
-            check_memory(f"a cut of [images x rows x columns of patches] {size}", 10 * pairs, affinity.device)
+            edges, gains = self._edges(affinity, grid, images), list[Tensor]()
             parts = whole_images(_gram(affinity, grid, stride), edges, grid, weaken=images is not None)
-            gains, patches = list[Tensor](), grid[0] * grid[1]
             # A balanced tree and more levels for unequal parts, unless these would come down to one patch.
             least, more = (min(num_parts, patches) - 1).bit_length(), 2 if num_parts <= FEW_PARTS else 1
             for _ in range(max(1, least, min(least + more, patches.bit_length() - 1))):
@@ -119,29 +121,34 @@ class GraphCutPartitioner(Partitioner):
             leaves, order = parts.labels + (1 << len(gains)), _split_order(gains, num_parts - 1)
             return PartHierarchy(leaves.to(affinity.device), order.to(affinity.device), num_parts)
 
-    def _edges(self, affinity: Tensor, grid_size: Any, images: Any, stride: int) -> tuple[tuple[int, int], Tensor]:
-        """The grid (H, W), and the capacities of its edges: see `contrast_edges` and `affinity_edges`."""
+    def _edges(self, affinity: Tensor, grid: tuple[int, int], images: Tensor | None) -> Tensor:
+        """Capacities: see `contrast_edges` and `affinity_edges`."""
         if images is None:
-            if stride != 1:
-                raise ValueError(f"an affinity with stride={stride} needs images=..., for outlines between its patches")
-            grid = resolve_grid(affinity.shape[1], grid_size)
-            return grid, affinity_edges(affinity, grid, OF_AFFINITY if self.smoothness is None else self.smoothness)
-        images = plain_tensor("images", images)
-        if stride == 1:
-            grid = resolve_grid(affinity.shape[1], grid_size, images.shape[2:] if images.ndim == 4 else None)
-        else:
-            grid = strided_grid(affinity.shape[1], grid_size, stride)
-        fits = images.ndim == 4 and len(images) == len(affinity) and images.shape[1] > 0 and not images.is_complex()
-        if not fits or any(side == 0 or side % cells for side, cells in zip(images.shape[2:], grid, strict=True)):
-            raise ValueError(
-                f"images has shape {list(images.shape)}, but must be [{len(affinity)}, channels, height, width] for an "
-                f"affinity of shape {list(affinity.shape)}, with a height and a width that are multiples of those of "
-                f"the {grid[0]} x {grid[1]} patches, and of a float or integer type, not {images.dtype}"
-            )
-        smoothness = OF_CONTRAST if self.smoothness is None else self.smoothness
-        edges, bad = contrast_edges(images, grid, smoothness)
+            return affinity_edges(affinity, grid, OF_AFFINITY if self.smoothness is None else self.smoothness)
+        edges, bad = contrast_edges(images, grid, OF_CONTRAST if self.smoothness is None else self.smoothness)
         self.warn_of("values of images", bad, images.numel(), "look for what made them before they came here")
-        return grid, edges
+        return edges
+
+
+def _check_images(affinity: Tensor, grid_size: Any, images: Any, stride: int) -> tuple[tuple[int, int], Tensor | None]:
+    """The grid (H, W), and the images as a plain tensor; ValueError where they do not fit the affinity."""
+    if images is None:
+        if stride != 1:
+            raise ValueError(f"an affinity with stride={stride} needs images=..., for outlines between its patches")
+        return resolve_grid(affinity.shape[-1], grid_size), None
+    images = plain_tensor("images", images)
+    if stride == 1:
+        grid = resolve_grid(affinity.shape[-1], grid_size, images.shape[2:] if images.ndim == 4 else None)
+    else:
+        grid = strided_grid(affinity.shape[-1], grid_size, stride)
+    fits = images.ndim == 4 and len(images) == len(affinity) and images.shape[1] > 0 and not images.is_complex()
+    if not fits or any(side == 0 or side % cells for side, cells in zip(images.shape[2:], grid, strict=True)):
+        raise ValueError(
+            f"images has shape {list(images.shape)}, but must be [{len(affinity)}, channels, height, width] for an "
+            f"affinity of shape {list(affinity.shape)}, with a height and a width that are multiples of those of "
+            f"the {grid[0]} x {grid[1]} patches, and of a float or integer type, not {images.dtype}"
+        )
+    return grid, images
 
 
 def _split_order(gains: list[Tensor], splits: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Exact min cuts on 8-neighbour grids, a whole batch at a time."""
 
+import os
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -28,8 +29,8 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
         solver: "pymaxflow" (CPU; PyMaxflow is under the GPL and is imported only here), "scipy" (CPU), "torch" (any
             device), "triton" (a GPU; the host does not wait), or "auto". That is triton on a GPU where it is installed
             and, tried once, gives the bits of torch (MASKEVOLVE_KERNELS=0 turns it off), for grids of up to 4096
-            nodes; else, and in place of triton for larger grids, pymaxflow where it is installed, or scipy. On a GPU
-            these two copy the grids to the host and wait.
+            nodes; else pymaxflow where it is installed, or scipy. These two copy tensors of a GPU to the host and wait.
+            They also cut the larger grids of who asks for triton.
 
     Returns:
         [B, H, W] bool, on the device of `source`: True on the sink's side. That set is the same for every maximum flow,
@@ -61,10 +62,13 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
         raise ValueError(f"source, sink and capacity must be int32, [B, H, W] twice and [B, 8, H, W], but are {given}")
     if not source.numel():
         return source > 0
-    if source.device.type == "cpu" and (least := min(int(tensor.min()) for tensor in tensors)) < 0:
-        raise ValueError(f"capacities must not be negative, but one is {least}")
+    for name, tensor in zip(("source", "sink", "capacity"), tensors, strict=True):
+        if source.device.type == "cpu" and (least := int(tensor.min())) < 0:
+            raise ValueError(f"capacities must not be negative, but {name} has {least}")
     if solver == "triton" and kernel_trial.OFF:
         raise ValueError('solver="triton" is turned off by MASKEVOLVE_KERNELS=0: use solver="auto"')
+    if solver == "triton" and source.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError('solver="triton" needs tensors on a GPU, but these are on the CPU: use solver="auto"')
     fits = source[0].numel() <= kernel_trial.MOST_PATCHES
     if solver == "auto" and fits and kernel_trial.kernel_works("min cuts", source.device, _small_cuts):
         solver = "triton"

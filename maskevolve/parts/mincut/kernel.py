@@ -6,8 +6,6 @@ Directions come in four pairs, forth and back, as rows of [4, nodes], and are pu
 """
 
 # No annotations of __future__: the interpreter of Triton 3.0, which torch 2.4 brings, looks for constexpr itself.
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -29,8 +27,6 @@ def min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, rounds: int = ROU
     edges towards it are full and its distance grows for good: with n nodes, that ends within n ** 3 sweeps. So the cut
     is exact whatever the bound.
     """
-    if source.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError('solver="triton" needs tensors on a GPU, but these are on the CPU: use solver="auto"')
     batch_size, height, width = source.shape
     nodes = height * width
     if nodes > band and width > height:  # rows of a band are to be short
