@@ -193,7 +193,8 @@ def known() -> str:
 - **Time.** A training step of a small MAE takes {_ratio(time)} times as long as with random masks, on an
   {step["machine"]}. A step of a ViT-B/16 has {time["products_of_vit_b_16"]:.2f} times the matrix products, not
   counting the few of the cut. On an {on_gpu["machine"]}, the one GPU that kernels of ours have run on, before they
-  were rewritten, a teacher that read tokens made it {_ratio(time_on_gpu)} times as long; today's default has not run there.
+  were rewritten, a teacher that read tokens made it {_ratio(time_on_gpu)} times as long; today's default has not run
+  there.
 - **Parts.** The adjusted Rand index (0 is chance, 1 is perfect; errors are near 0.02) of 10 parts with people's
   segmentations of whole objects, BSDS500 test and COCO, and with people's parts of people, CCP test: with a small MAE
   {index(*default)}, with a well-trained ViT-S {index(*default, trained)}.
