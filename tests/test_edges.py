@@ -35,6 +35,7 @@ ODD = {
     "a pixel a patch": torch.rand(2, 1, HEIGHT, WIDTH),
     "tiny": torch.rand(2, 3, HEIGHT * 40, WIDTH * 3) * 1e-38,
     "huge": torch.tensor([-3e38, 3e38])[torch.randint(2, (2, 3, HEIGHT, WIDTH))],
+    "largest": torch.tensor([-1.7e308, 0, 1.7e308], dtype=torch.float64)[torch.randint(3, (2, 3, HEIGHT, WIDTH))],
     "bool": torch.zeros(2, 3, HEIGHT, WIDTH, dtype=torch.bool),
 }
 BAD_SHAPES = [(3, 3, 24, 28), (2, 3, 24, 29), (2, 3, 3, 28), (3, 24, 28), (2, 0, 24, 28), (2, 3, 0, 28), (0, 3, 24, 28)]
@@ -135,7 +136,7 @@ PICTURES = ODD | {"without data": BAD, "photograph": photographs(1, 168)[..., ::
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is interpreted where there is no GPU")
-@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered")
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered")
 @pytest.mark.parametrize("images", PICTURES.values(), ids=PICTURES.keys())
 def test_the_kernel_has_the_same_bits(images):
     images = images[:1, :2]

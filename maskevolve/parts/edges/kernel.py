@@ -12,13 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..split.plain import LIMIT
-from .plain import FAR, LARGEST, LEAST_COLOUR, MOST_STEPS, OUTLIER, STEP
+from .plain import FAR, FARTHEST, LARGEST, LEAST_COLOUR, MOST_STEPS, OUTLIER, STEP
 
 MIDDLE = tl.constexpr(6755399441055744.0)  # 1.5 * 2 ** 52: float64s near it are integers, so + - rounds, half to even
 INF = tl.constexpr(float("inf"))
 FIRST_BIT = tl.constexpr(-(1 << 63))
 SETTINGS = {
-    "FAR": FAR, "LEAST_COLOUR": LEAST_COLOUR, "LIMIT": LIMIT, "MOST_STEPS": MOST_STEPS,
+    "FAR": FAR, "FARTHEST": FARTHEST, "LEAST_COLOUR": LEAST_COLOUR, "LIMIT": LIMIT, "MOST_STEPS": MOST_STEPS,
     "OUTLIER": OUTLIER, "STEP": STEP,
 }  # fmt: skip
 
@@ -45,8 +45,8 @@ def contrast_edges(images: Tensor, grid: tuple[int, int], weight: float) -> tupl
 @triton.jit(do_not_specialize=["weight", "largest", "channels", "height", "width", "tall", "wide"])
 def _contrast_kernel(
     images, edges, bad, scratch, weight, largest, channels, height, width, tall, wide, FAR: tl.constexpr,
-    LEAST_COLOUR: tl.constexpr, LIMIT: tl.constexpr, MOST_STEPS: tl.constexpr, OUTLIER: tl.constexpr,
-    STEP: tl.constexpr, BLOCK: tl.constexpr,
+    FARTHEST: tl.constexpr, LEAST_COLOUR: tl.constexpr, LIMIT: tl.constexpr, MOST_STEPS: tl.constexpr,
+    OUTLIER: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     image, patches, lane = tl.program_id(0).to(tl.int64), height * width, tl.arange(0, BLOCK)
     images += image * channels * patches * tall * wide
@@ -58,7 +58,7 @@ def _contrast_kernel(
     for channel in range(channels):
         pixels, its_sums = images + channel * patches * tall * wide, sums + channel * patches
         low, high, its_bad = _ranges(pixels, keys, height, width, tall, wide, BLOCK)
-        middle, far, low, scale = _scale(keys, patches, low, high, largest, FAR, BLOCK)
+        middle, far, low, scale = _scale(keys, patches, low, high, largest, FAR, FARTHEST, BLOCK)
         _sum_patches(pixels, its_sums, middle, far, low, scale, height, width, tall, wide, BLOCK)
         its_steps = steps + 4 * channel * patches
         root, limit = _differences(keys, its_sums, its_steps, height, width, STEP, MOST_STEPS, OUTLIER, BLOCK)
@@ -110,15 +110,15 @@ def _ranges(pixels, keys, height, width, tall, wide, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scale(keys, patches, low, high, largest, FAR: tl.constexpr, BLOCK: tl.constexpr):
+def _scale(keys, patches, low, high, largest, FAR: tl.constexpr, FARTHEST: tl.constexpr, BLOCK: tl.constexpr):
     """The usual value of a channel, how far from it values are clipped, the least of these, and what they are times."""
     middle = _number(_ranked(keys, patches, (patches - 1) // 2, 63, BLOCK))
     for first in range(0, patches, BLOCK):
         patch = first + tl.arange(0, BLOCK)
         distance = tl.abs(_number(tl.load(keys + patch, mask=patch < patches, other=0)) - middle)
         tl.store(keys + patch, _ordered(distance), mask=patch < patches)
-    far = _number(_median(keys, patches, 63, BLOCK)) * FAR
-    far = tl.where(far > 0, far, INF)
+    far = tl.minimum(_number(_median(keys, patches, 63, BLOCK)) * FAR, FARTHEST)
+    far = tl.where(far > 0, far, FARTHEST)
     low, high = _clip(low - middle, far), _clip(high - middle, far)
     scale = largest.to(tl.float64) / (high - low)
     scale = tl.where(scale < INF, scale, 0)

@@ -18,6 +18,7 @@ STEP = 1 << 10  # the median and then the root mean square difference between ne
 MOST_STEPS = 1 << 20
 LARGEST = 1 << 42  # of the sum of a patch
 OUTLIER = 6  # differences of so many root mean squares of smaller ones say nothing about the rest of the picture
+FARTHEST = 1e300  # so that differences of such values are finite
 FAR = 1 << 16  # pixels so many medians away from the usual value are as good as farther ones
 LEAST_COLOUR = 30  # colour counts at least as if its mean contrast were this part of that of brightness
 
@@ -46,19 +47,19 @@ def _patches(images: Tensor, grid: tuple[int, int]) -> Tensor:
     return patches
 
 
+@np.errstate(divide="ignore", over="ignore")
 def patch_sums(images: Tensor, darkest: Any, brightest: Any, grid: tuple[int, int]) -> Any:
     """Sums of the pixels of each patch, [B, C, N] int64, where each channel of an image has its own scale.
 
     They are at most 2 ** 42, and 0 in a channel of one value.
     """
     middle = np.sort(darkest)[..., (darkest.shape[2] - 1) // 2, None]
-    far = _median(np.abs(darkest - middle)) * FAR
-    far[far == 0] = np.inf
+    far = np.minimum(_median(np.abs(darkest - middle)) * FAR, FARTHEST)
+    far[far == 0] = FARTHEST
     low = np.clip(darkest.min(2, keepdims=True) - middle, -far, far)
     high = np.clip(brightest.max(2, keepdims=True) - middle, -far, far)
     pixels = images.shape[2] * images.shape[3] // darkest.shape[2]
-    with np.errstate(divide="ignore", over="ignore"):
-        scale = max(LARGEST // pixels, 1) / (high - low)
+    scale = max(LARGEST // pixels, 1) / (high - low)
     scale[~np.isfinite(scale)] = 0
     sums = torch.empty(darkest.shape, dtype=torch.long)
     settings = (torch.from_numpy(each[..., None]) for each in (middle, far, low * (scale > 0), scale))
