@@ -111,6 +111,8 @@ def grid_edges(capacity: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def _small_cuts(device: torch.device, by_kernel: bool) -> list[Tensor]:
-    draws = (torch.arange(2 * 10 * 3 * 4, device="cpu") * 7919 % 101).int().view(2, 10, 3, 4).to(device)
-    source, sink, capacity = (draws[:, 0] - 50).clamp(min=0), (50 - draws[:, 1]).clamp(min=0), draws[:, 2:] // 4
-    return [grid_min_cut(source, sink, capacity, solver="triton" if by_kernel else "torch")]
+    draws = (torch.arange(2 * 10 * 3 * 4, device="cpu") * 7919 % 101).int().view(2, 10, 3, 4)
+    grids = (draws[:, 0] - 50).clamp(min=0), (50 - draws[:, 1]).clamp(min=0), draws[:, 2:] // 4
+    for tensor in grids:
+        tensor[1] <<= 23  # one image that fits 32 bits, and one that does not
+    return [grid_min_cut(*(tensor.to(device) for tensor in grids), solver="triton" if by_kernel else "torch")]
