@@ -70,7 +70,7 @@ def interpolate(affinity: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
 
     Linear along rows and columns, times stride ** 4: whole numbers stay whole numbers.
     """
-    weights = {side: _weights(side, stride, affinity) for side in grid}
+    weights = {side: _weights(side, stride, affinity) for side in set(grid)}
     rows, columns = (weights[side] for side in grid)
     for _ in range(2):  # from the columns of the matrix, then from its rows
         cells = affinity.mT.unflatten(1, (rows.shape[1], columns.shape[1]))
