@@ -56,15 +56,16 @@ def _contrast_kernel(
     roots = steps + 4 * channels * patches
     bad_values = tl.full([], 0, tl.int64)
     for channel in range(channels):
-        pixels, its_sums = images + channel * patches * tall * wide, sums + channel * patches
-        low, high, its_bad = _ranges(pixels, keys, height, width, tall, wide, BLOCK)
+        its_sums = sums + channel * patches
+        low, high, its_bad = _ranges(images, keys, height, width, tall, wide, BLOCK)
         middle, far, low, scale = _scale(keys, patches, low, high, largest, FAR, FARTHEST, BLOCK)
-        _sum_patches(pixels, its_sums, middle, far, low, scale, height, width, tall, wide, BLOCK)
+        _sum_patches(images, its_sums, middle, far, low, scale, height, width, tall, wide, BLOCK)
         its_steps = steps + 4 * channel * patches
         root, limit = _differences(keys, its_sums, its_steps, height, width, STEP, MOST_STEPS, OUTLIER, BLOCK)
         tl.store(roots + 2 * channel, root)
         tl.store(roots + 2 * channel + 1, limit)
         bad_values += its_bad
+        images += patches * tall * wide  # to the next channel
     tl.store(bad + image, bad_values)
     tl.debug_barrier()  # all have stored their steps
     nothing = tl.zeros([BLOCK], tl.int64)
