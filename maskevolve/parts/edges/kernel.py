@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..split.kernel import MIDDLE
 from ..split.plain import LIMIT
 from .plain import FAR, FARTHEST, LARGEST, LEAST_COLOUR, MOST_STEPS, OUTLIER, STEP
 
-MIDDLE = tl.constexpr(6755399441055744.0)  # 1.5 * 2 ** 52: float64s near it are integers, so + - rounds, half to even
 INF = tl.constexpr(float("inf"))
 FIRST_BIT = tl.constexpr(-(1 << 63))
 SETTINGS = {

@@ -72,9 +72,7 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
     fits = source[0].numel() <= kernel_trial.MOST_PATCHES
     if solver == "auto" and fits and kernel_trial.kernel_works("min cuts", source.device, _small_cuts):
         solver = "triton"
-    elif solver == "auto" or (
-        solver == "triton" and not fits
-    ):  # on a GPU too: torch is slower than the way to the host
+    elif solver == "auto" or (solver == "triton" and not fits):  # torch is slower than the way to the host
         solver = "pymaxflow" if find_spec("maxflow") else "scipy"
     try:
         module = import_module({"torch": ".plain", "triton": ".kernel"}.get(solver, f".{solver}"), __package__)
