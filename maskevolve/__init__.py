@@ -1,7 +1,7 @@
 """Masks that evolve from a grid to object parts, for any MAE code base."""
 
-from .masks import BlockMask, EvolvingMask, GridMask, MaskedPatches, Masking, PartMask, RandomMask
-from .parts import EMPartitioner, GraphCutPartitioner, PartHierarchy, parts_from_segmentation
+from .masks import BlockMask, EvolvingMask, GridMask, MaskedPatches, Masking, PartMask, RandomMask, TubeMask
+from .parts import EMPartitioner, GraphCutPartitioner, PartHierarchy, TubePartitioner, parts_from_segmentation
 from .teachers import FrozenTeacher, PartTeacher
 
 __version__ = "0.1.0"
@@ -19,5 +19,7 @@ __all__ = [
     "PartMask",
     "PartTeacher",
     "RandomMask",
+    "TubeMask",
+    "TubePartitioner",
     "parts_from_segmentation",
 ]

@@ -1,42 +1,48 @@
-"""The patch grid: how many rows and columns of patches there are."""
+"""The patch grid: how many patches there are along each of its one to three axes, the last axis fastest."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
+
+from torch import Tensor
 
 from .checks import is_whole
 
-GridSize = int | tuple[int, int]
-"""The side of a square patch grid, or (H, W), in patches."""
+Grid = tuple[int, ...]
+GridSize = int | tuple[int, ...]
+"""The side of a square patch grid, or the patches along each axis: (L,), (H, W), (T, H, W) or (D, H, W)."""
+
+AXES = "(L,), (H, W), (T, H, W) or (D, H, W)"
 
 
-def resolve_grid(
-    num_patches: int, grid_size: GridSize | None, image_size: tuple[int, int] | None = None
-) -> tuple[int, int]:
-    """The grid (H, W) that holds `num_patches`, with H * W == num_patches; a ValueError where there is none.
+def resolve_grid(num_patches: int, grid_size: GridSize | None, image_size: Sequence[int] | None = None) -> Grid:
+    """The grid, such as (H, W), that holds `num_patches`; a ValueError where there is none.
 
     Args:
         num_patches: number of patches N of one image.
-        grid_size: the side of a square grid, or (H, W), in patches; that of square patches, or square, where None.
-        image_size: (height, width) of the images, in pixels, where they are known.
+        grid_size: the side of a square grid, or one to three numbers, in patches; that of square patches, or square,
+            where None.
+        image_size: (height, width) of the images, in pixels, where they are known; (depth, height, width) of volumes.
 
     Examples:
         >>> resolve_grid(196, None), resolve_grid(12, (3, 4)), resolve_grid(256, None, image_size=(128, 512))
         ((14, 14), (3, 4), (8, 32))
     """
     if grid_size is None and image_size is not None:
-        side = math.isqrt(image_size[0] * image_size[1] // max(num_patches, 1)) or 1
-        height, width = image_size[0] // side, image_size[1] // side
-        if height * width == num_patches:
-            return height, width
-    height, width = check_grid(math.isqrt(num_patches) or 1 if grid_size is None else grid_size)
-    if height * width == num_patches:
-        return height, width
+        pixels = math.prod(image_size) // max(num_patches, 1)
+        side = math.isqrt(pixels) if len(image_size) == 2 else round(pixels ** (1 / len(image_size)))
+        grid = tuple(size // max(side, 1) for size in image_size)
+        if math.prod(grid) == num_patches:
+            return grid
+    grid = check_grid(math.isqrt(num_patches) or 1 if grid_size is None else grid_size)
+    if math.prod(grid) == num_patches:
+        return grid
     if grid_size is not None:
-        found = f"{height} x {width} = {height * width} patches"
+        found = f"{times(grid)} = {math.prod(grid)} patches"
         raise ValueError(f"grid_size={grid_size!r} has {found}, but there are N={num_patches}")
     token = " (or leave out the class token)" if math.isqrt(num_patches - 1) ** 2 == num_patches - 1 else ""
-    where = "to a mask when you make it (or x as [B, H, W, D] when you call it), to anything else when you call it"
-    raise ValueError(f"N={num_patches} patches form no square grid{token}: pass grid_size=(H, W), {where}")
+    where = "to a mask when you make it (or x as [B, *grid, D] when you call it), to anything else when you call it"
+    raise ValueError(f"N={num_patches} patches form no square grid{token}: pass grid_size={AXES}, {where}")
 
 
 def every(size: int, stride: int) -> range:
@@ -49,11 +55,35 @@ def every(size: int, stride: int) -> range:
     return range((size - 1) % stride // 2, size, stride)
 
 
-def check_grid(grid_size: Any) -> tuple[int, int]:
-    """A grid size, one number or (H, W), as (H, W)."""
-    pair = isinstance(grid_size, (tuple, list)) and len(grid_size) == 2
-    height, width = grid_size if pair else (grid_size, grid_size)
-    if not is_whole(height) or not is_whole(width) or height < 1 or width < 1:
-        what = "the side of a square patch grid, or (H, W), in patches: whole numbers of at least 1"
+def check_grid(grid_size: Any) -> Grid:
+    """A grid size, one number or one to three, as a tuple."""
+    sides = grid_size if isinstance(grid_size, (tuple, list)) else (grid_size, grid_size)
+    if not 1 <= len(sides) <= 3 or not all(is_whole(side) and side >= 1 for side in sides):
+        what = f"the side of a square patch grid, or {AXES}, in patches: whole numbers of at least 1"
         raise ValueError(f"grid_size={grid_size!r} must be {what}")
-    return int(height), int(width)
+    return tuple(map(int, sides))
+
+
+def check_axis(axis: Any, grid: Grid) -> int:
+    """The number of an axis of a grid with two axes or more, counted from 0; below 0, from the end."""
+    if not is_whole(axis) or not -len(grid) <= axis < len(grid):
+        raise ValueError(f"axis={axis!r} does not exist in a grid of {times(grid)} patches, which has {len(grid)} axes")
+    if len(grid) == 1:
+        raise ValueError(f"a grid of {times(grid)} patches has one axis, and nothing is left without axis={axis}")
+    return int(axis) % len(grid)
+
+
+def repeat_along(values: Tensor, grid: Grid, axis: int) -> Tensor:
+    """Values [B, n] of the patches of a grid without an axis, repeated along it: [B, N]."""
+    left: Tensor = values.unflatten(1, grid[:axis] + grid[axis + 1 :])
+    return left.unsqueeze(axis + 1).expand(-1, *grid).flatten(1)
+
+
+def times(sizes: Sequence[int]) -> str:
+    """Sizes, as in a message.
+
+    Examples:
+        >>> times((8, 14, 14))
+        '8 x 14 x 14'
+    """
+    return " x ".join(map(str, sizes))

@@ -162,4 +162,4 @@ def test_labels_are_checked_before_the_grid_is_known():
     for labels in (whole(2, 5).int(), whole(2, 3, 4).byte().numpy()):
         assert torch.equal(check_labels(labels), torch.zeros(labels.shape, dtype=torch.long))
     with pytest.raises(ValueError, match="parts has shape"):
-        check_labels(whole(2, 1, 4, 4))
+        check_labels(whole(2, 1, 1, 4, 4))

@@ -19,7 +19,7 @@ from torch import distributed as dist
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
-from ..grid import resolve_grid
+from ..grid import Grid, resolve_grid
 from ..masks import MaskedPatches, Masking
 from ..masks.base import check_masking
 from ..masks.fixed import FixedDraws, kept_random_states
@@ -330,9 +330,7 @@ class Evolution:
         elif this.embedded and not this.is_masked and module.training and torch.is_grad_enabled():
             self._usage.end_pass()
 
-    def mask(
-        self, x: Tensor, keep: int, grid_size: tuple[int, int] | None = None, images: Tensor | None = None
-    ) -> MaskedPatches:
+    def mask(self, x: Tensor, keep: int, grid_size: Grid | None = None, images: Tensor | None = None) -> MaskedPatches:
         """Let `keep` of the patches x, [B, N, D], of the images of this forward pass stay, or of those that are named.
 
         Their grid is that of the model where `grid_size` is None.
@@ -345,11 +343,11 @@ class Evolution:
             masked: MaskedPatches = self._eagerly(Evolution._mask, self, x, keep, grid_size, images)
         else:
             grid_size = grid_size or self._grid_of(x, getattr(self._local, "shape", None))
-            masked = self.masking(x.unflatten(1, grid_size), keep=keep)
+            masked = self.masking(x, keep=keep, grid_size=grid_size)
         self.last_mask = masked.mask.detach()
         return masked
 
-    def _mask(self, x: Tensor, keep: int, grid_size: tuple[int, int] | None, images: Tensor | None) -> MaskedPatches:
+    def _mask(self, x: Tensor, keep: int, grid_size: Grid | None, images: Tensor | None) -> MaskedPatches:
         """Outside of a compiled model, which can trace neither a teacher nor a generator."""
         parts = None
         for each in self._passes[-1:]:
@@ -359,16 +357,14 @@ class Evolution:
                 self._usage.check_updates()
             with torch.no_grad():
                 parts, grid_size = self._parts(x, grid_size, images)
-        x = x.unflatten(1, grid_size or self._grid_of(x, getattr(self._local, "shape", None)))
+        grid_size = grid_size or self._grid_of(x, getattr(self._local, "shape", None))
         self.last_parts = parts
         if self._fixed is not None:
-            return self._fixed.mask(self.masking, x, keep, parts)
+            return self._fixed.mask(self.masking, x, keep, parts, grid_size)
         generator = _generator_of_rank(x.device)
-        return cast(MaskedPatches, self.masking(x, keep=keep, parts=parts, generator=generator))
+        return cast(MaskedPatches, self.masking(x, keep=keep, parts=parts, generator=generator, grid_size=grid_size))
 
-    def _parts(
-        self, x: Tensor, grid_size: tuple[int, int] | None, images: Tensor | None
-    ) -> tuple[Tensor | None, tuple[int, int]]:
+    def _parts(self, x: Tensor, grid_size: Grid | None, images: Tensor | None) -> tuple[Tensor | None, Grid]:
         """The parts of the images whose patches are x, and the grid of these."""
         given = self._passes[-1].given if self._passes else self._take_given()
         images, embedded = self._find_images(x, given) if images is None else (images, images)
@@ -410,12 +406,12 @@ class Evolution:
             "embedded again where they are masked again"
         )
 
-    def _grid_of(self, x: Tensor, images: Tensor | None) -> tuple[int, int]:
+    def _grid_of(self, x: Tensor, images: Tensor | None) -> Grid:
         if not self._has_grid:  # it does not matter where patches lie
             return resolve_grid(x.shape[1], self.masking.grid_size or (1, x.shape[1]))
         return resolve_grid(x.shape[1], patch_grid(self.model, self._refuse_patches() if images is None else images))
 
-    def _given_parts(self, given: Given, images: Tensor, grid_size: tuple[int, int]) -> Tensor | None:
+    def _given_parts(self, given: Given, images: Tensor, grid_size: Grid) -> Tensor | None:
         """The parts that came with these images, if any."""
         labels = given.labels
         if labels is None or not (given.labelled is None or is_same_memory(given.labelled, images)):
@@ -423,7 +419,7 @@ class Evolution:
         given.labelled, self._had_labels = images, True
         return self._to_parts(labels, images, grid_size, given.ignore)
 
-    def _to_parts(self, labels: Tensor, images: Tensor, grid_size: tuple[int, int], ignore: int | None) -> Tensor:
+    def _to_parts(self, labels: Tensor, images: Tensor, grid_size: Grid, ignore: int | None) -> Tensor:
         """Labels of images, which a caller or a teacher gave, on the patch grid."""
         if len(labels) != len(images):
             raise ValueError(
@@ -437,7 +433,7 @@ class Evolution:
             )
         return labels_to_parts(labels.to(images.device), grid_size, ignore)
 
-    def _ask_teacher(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    def _ask_teacher(self, images: Tensor, grid_size: Grid) -> Tensor:
         if self.teacher is None:
             raise ValueError(
                 f"{type(self.masking).__name__} needs parts, but has no teacher, and none were given for these images: "

@@ -7,7 +7,8 @@ from .functional import MaskedPatches, block_scores, grid_scores, mask_patches, 
 from .functional import to_unit_range as to_unit_range
 from .kinds import BlockMask, GridMask, PartMask, RandomMask
 from .mask_ratio import num_visible
+from .tube import TubeMask
 
-__all__ = ["BlockMask", "EvolvingMask", "GridMask", "MaskedPatches", "Masking", "PartMask", "RandomMask", "fixed_masks"]
-__all__ += ["block_scores", "grid_scores", "mask_patches", "num_visible", "part_scores"]
+__all__ = ["BlockMask", "EvolvingMask", "GridMask", "MaskedPatches", "Masking", "PartMask", "RandomMask", "TubeMask"]
+__all__ += ["block_scores", "fixed_masks", "grid_scores", "mask_patches", "num_visible", "part_scores"]
 __all__ += ["random_scores", "to_unit_range"]

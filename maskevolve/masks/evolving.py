@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..grid import GridSize
+from ..grid import Grid, GridSize
 from ..precision import keep_dtype
 from ..schedule import Schedule, alpha_at, clamp_epoch, warn_outside
 from . import functional as F
@@ -87,7 +87,7 @@ class EvolvingMask(Masking):
         """Whether either mask needs one."""
         return self.start.needs_grid or self.end.needs_grid
 
-    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Tensor:
+    def draw(self, batch_size: int, grid_size: Grid, parts: Tensor | None, **source: Any) -> Tensor:
         """``(1 - alpha) * start + alpha * end``, the aggregation of Algorithm 1."""
         if parts is None and self.needs_parts:
             F.check_parts(parts, owner=f"EvolvingMask with alpha={self._alpha:.3g}")
@@ -134,6 +134,6 @@ def _set_epoch_inside(module: nn.Module, epoch: float) -> None:
     inner: Any
     for inner in module.children():
         if hasattr(inner, "set_epoch"):
-            inner.set_epoch(clamp_epoch(epoch, inner.total_epochs) if isinstance(inner, EvolvingMask) else epoch)
+            inner.set_epoch(clamp_epoch(epoch, inner.total_epochs) if hasattr(inner, "total_epochs") else epoch)
         else:
             _set_epoch_inside(inner, epoch)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..grid import Grid
 from .base import Masking, check_masking
 from .functional import MaskedPatches
-from .mask_ratio import num_visible
 
 
 class FixedDraws:
@@ -26,13 +26,15 @@ class FixedDraws:
         place = self.place + index * self.step
         return int(np.random.SeedSequence([self.seed, place]).generate_state(1)[0])
 
-    def mask(self, masking: Any, x: Tensor, keep: int, parts: Tensor | None = None) -> MaskedPatches:
+    def mask(
+        self, masking: Any, x: Tensor, keep: int, parts: Any = None, grid_size: Grid | None = None
+    ) -> MaskedPatches:
         """Mask the next images so that `keep` patches of each stay: x and parts as a mask takes them."""
         drawn: list[MaskedPatches] = []
         for one in x.split(1) if len(x) else [x]:  # an empty batch is one call, too
             own = None if parts is None else parts[len(drawn) : len(drawn) + 1]
             generator = torch.Generator(x.device).manual_seed(self.seed_of(0))
-            drawn.append(masking(one, keep=keep, parts=own, generator=generator))
+            drawn.append(masking(one, keep=keep, parts=own, generator=generator, grid_size=grid_size))
             self.place += self.step * len(one)
         return MaskedPatches(*map(torch.cat, zip(*drawn, strict=True)))
 
@@ -58,8 +60,9 @@ def fixed_masks(masking: Masking, seed: int = 0) -> Iterator[None]:
     check_masking(masking, hint="; in a patched model, use `with evolution.fixed(seed):`")
     draws, own, before = FixedDraws(seed), masking.forward, vars(masking).get("forward")
 
-    def forward(x: Any, mask_ratio: float = 0.75, *, keep: Any = None, parts: Any = None, generator: Any = None) -> Any:
-        return draws.mask(own, x, num_visible(masking.flatten(x)[0].shape[1], mask_ratio, keep), parts)
+    def forward(x: Any, mask_ratio: float = 0.75, *, keep: Any = None, parts: Any = None, **how: Any) -> Any:
+        grid = masking.flatten(x, how.get("grid_size"))[1]
+        return draws.mask(own, x, masking.num_visible(grid, mask_ratio, keep), parts, grid)
 
     vars(masking)["forward"] = forward
     try:

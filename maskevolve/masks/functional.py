@@ -1,6 +1,7 @@
 """Masking as pure functions of tensors: a score for each patch, one sort, one gather. The highest are removed."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..checks import check_tensor
+from ..grid import Grid, times
 from .mask_ratio import num_visible
 
 
@@ -22,12 +24,12 @@ class MaskedPatches(NamedTuple):
     """[B, N] int64: the inverse of the shuffle; ``ids_restore < N_keep`` are the patches that stay."""
 
 
-def random_scores(batch_size: int, grid_size: tuple[int, int], **source: Any) -> Tensor:
+def random_scores(batch_size: int, grid_size: Grid, **source: Any) -> Tensor:
     """One uniform draw for each patch: MAE's random masking.
 
     Args:
         batch_size: number of images B.
-        grid_size: (H, W) in patches.
+        grid_size: patches along each axis, such as (H, W).
         source: the `device` and the `generator` to draw with, as for `torch.rand`.
 
     Returns:
@@ -37,33 +39,65 @@ def random_scores(batch_size: int, grid_size: tuple[int, int], **source: Any) ->
         >>> random_scores(2, (14, 14)).shape
         torch.Size([2, 196])
     """
-    return torch.rand(batch_size, grid_size[0] * grid_size[1], dtype=torch.float32, **source)
+    return torch.rand(batch_size, math.prod(grid_size), dtype=torch.float32, **source)
 
 
-def grid_scores(batch_size: int, grid_size: tuple[int, int], *, period: int = 2, **source: Any) -> Tensor:
+def grid_scores(batch_size: int, grid_size: Grid, *, period: int | Sequence[int] = 2, **source: Any) -> Tensor:
     """One uniform draw for each cell of a pattern that is tiled over the patch grid: p_grid of GridMask.
 
-    The side of the pattern is `period` patches. Each image has draws of its own. Else, see `random_scores`.
+    The sides of the pattern are `period` patches. Each image has draws of its own.
+    On one axis, cells are split into such patterns again and again: at any ratio, what is left lies evenly along it.
+    Else, see `random_scores`.
 
     Examples:
         >>> grid_scores(1, (4, 4)).unique().numel()
         4
     """
     key = torch.randint(1 << 62, (batch_size,), **source)
-    row, column = (torch.arange(size, device=key.device) % period for size in grid_size)
-    return _uniform(key, (row[:, None] * period + column).view(1, -1))
+    periods = _periods(period, grid_size)
+    if len(grid_size) == 1:
+        return _evenly_spread(key, grid_size[0], periods[0])
+    cell = torch.zeros((), dtype=torch.long, device=key.device)
+    for size, side in zip(grid_size, periods, strict=True):
+        cell = cell[..., None] * side + torch.arange(size, device=key.device) % side
+    return _uniform(key, cell.view(1, -1))
+
+
+def _periods(period: int | Sequence[int], grid_size: Grid) -> tuple[int, ...]:
+    """The sides of a pattern, one an axis; a ValueError where they do not fit the grid."""
+    if not isinstance(period, Sequence):
+        if len(grid_size) == 2:  # of pictures, one number has always been allowed to be longer than a side
+            return period, period
+        period = tuple(1 if size == 1 else period for size in grid_size)
+    if len(period) != len(grid_size) or any(side > size for side, size in zip(period, grid_size, strict=True)):
+        must = "be one number, or one an axis, none longer than the axis"
+        raise ValueError(f"period={period!r} does not fit a grid of {times(grid_size)} patches: it must {must}")
+    return tuple(period)
+
+
+def _evenly_spread(key: Tensor, size: int, period: int) -> Tensor:
+    """[B, size] float32 in [0, 1): the digits of each place to the base `period`, the last one first, each shuffled."""
+    place, weight = torch.arange(size, device=key.device), 1.0
+    scores = torch.zeros((), dtype=torch.float32, device=key.device)
+    for level in range(max(1, math.ceil(math.log(size, period))) if period > 1 else 1):
+        digits = torch.arange(period, device=key.device)[None] + level * period
+        rank = _uniform(key, digits).argsort(1).argsort(1).float()
+        weight /= period
+        scores = scores + rank[:, place // period**level % period] * weight
+    return scores
 
 
 def block_scores(
     batch_size: int,
-    grid_size: tuple[int, int],
+    grid_size: Grid,
     *,
     num_blocks: int = 16,
     area: tuple[float, float] = (16 / 196, 0.4),
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
+    size: Sequence[tuple[int, int]] | None = None,
     **source: Any,
 ) -> Tensor:
-    """Random rectangles laid one over the other; the earlier a rectangle is laid, the higher its score.
+    """Random blocks laid one over the other; the earlier a block is laid, the higher its score.
 
     Its score is the share of the image that the ones before it are expected to leave uncovered: scores spread over
     (0, 1] as those of a grid or of parts do. The arguments are those of `random_scores` and of `BlockMask`.
@@ -72,21 +106,41 @@ def block_scores(
         >>> block_scores(2, (14, 14)).shape
         torch.Size([2, 196])
     """
-    height, width = grid_size
-    draws = torch.rand(4, batch_size, num_blocks, dtype=torch.float32, **source)
-    patches = (area[0] + (area[1] - area[0]) * draws[0]) * height * width
-    log_aspect = math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * draws[1]
-    block_height = (patches * log_aspect.exp()).sqrt().round().clamp(1, height)
-    block_width = (patches / log_aspect.exp()).sqrt().round().clamp(1, width)
-    top, left = (draws[2] * (height - block_height + 1)).floor(), (draws[3] * (width - block_width + 1)).floor()
-    row, column = (torch.arange(size, device=draws.device) for size in grid_size)
-    rows = (row >= top[..., None]) & (row < (top + block_height)[..., None])
-    columns = (column >= left[..., None]) & (column < (left + block_width)[..., None])
-
-    uncovered = (1 - block_height * block_width / (height * width)).cumprod(1)
+    axes = len(grid_size)
+    draws = torch.rand(2 * axes, batch_size, num_blocks, dtype=torch.float32, **source)
+    sides = _sides_between(draws, grid_size, size) if size else _sides_of_areas(draws, grid_size, area, aspect)
+    inside, volume = torch.ones((), dtype=torch.bool, device=draws.device), torch.ones_like(sides[0])
+    for axis, (side, cells) in enumerate(zip(sides, grid_size, strict=True)):
+        first = (draws[axes + axis] * (cells - side + 1)).floor()[..., None]
+        place = torch.arange(cells, device=draws.device)
+        along = (place >= first) & (place < first + side[..., None])
+        inside = inside[..., None] & along.view(*along.shape[:2], *[1] * axis, cells)
+        volume = volume * side
+    uncovered = (1 - volume / math.prod(grid_size)).cumprod(1)
     score = torch.cat([torch.ones_like(uncovered[:, :1]), uncovered[:, :-1]], 1)
-    covered = ((rows[..., None] & columns[:, :, None]) * score[..., None, None]).amax(1)
-    return torch.maximum(covered, uncovered[:, -1, None, None]).flatten(1)  # what no rectangle covers comes last
+    covered = (inside.flatten(2) * score[..., None]).amax(1)
+    return torch.maximum(covered, uncovered[:, -1:])  # what no block covers comes last
+
+
+def _sides_of_areas(draws: Tensor, grid_size: Grid, area: Any, aspect: Any) -> list[Tensor]:
+    """The sides of blocks that are a share of the grid; of the last two axes, those of rectangles of an aspect."""
+    share = area[0] + (area[1] - area[0]) * draws[0]
+    if len(grid_size) == 1:
+        return [(share * grid_size[0]).round().clamp(1, grid_size[0])]
+    *long, height, width = grid_size
+    first = [(share ** (1 / 3) * cells).round().clamp(1, cells) for cells in long]
+    patches = (share ** (2 / 3) if long else share) * height * width
+    log_aspect = math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * draws[1]
+    rows = (patches * log_aspect.exp()).sqrt().round().clamp(1, height)
+    return [*first, rows, (patches / log_aspect.exp()).sqrt().round().clamp(1, width)]
+
+
+def _sides_between(draws: Tensor, grid_size: Grid, size: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """The sides of blocks, each between its least and greatest, whole numbers alike."""
+    if len(size) != len(grid_size) or any(pair[1] > cells for pair, cells in zip(size, grid_size, strict=True)):
+        must = "be a (least, greatest) for each axis, none longer than the axis"
+        raise ValueError(f"size={size!r} does not fit a grid of {times(grid_size)} patches: it must {must}")
+    return [least + (draw * (most - least + 1)).floor() for draw, (least, most) in zip(draws, size, strict=False)]
 
 
 def part_scores(parts: Tensor, *, device: Any = None, generator: Generator | None = None) -> Tensor:
@@ -113,16 +167,16 @@ def part_scores(parts: Tensor, *, device: Any = None, generator: Generator | Non
     return _uniform(key, labels)  # a hash of the label, not a table of draws, which needs to know the largest label
 
 
-def check_parts(parts: Any, shape: tuple[int, int, int] | None = None, owner: str = "part_scores") -> Tensor:
-    """Labels as int64; an error where they are missing, no labels of patches, or not those of `shape`, (B, H, W)."""
+def check_parts(parts: Any, shape: tuple[int, ...] | None = None, owner: str = "part_scores") -> Tensor:
+    """Labels as int64; an error where they are missing, no labels of patches, or not those of `shape`, (B, *grid)."""
     if parts is None:
         how = "parts=teacher(images) with a PartTeacher, parts=GraphCutPartitioner()(affinity)"
         raise ValueError(f"{owner} needs parts, but got None: pass {how}, or any segmentation as integers [B, N]")
     check_tensor("parts", parts)
     if parts.is_floating_point() or parts.is_complex():
         raise ValueError(f"parts has dtype {parts.dtype}: part labels are integers, use parts.long()")
-    if parts.ndim != 2 or (shape and parts.shape != (shape[0], shape[1] * shape[2])):
-        wanted = f" = {[shape[0], shape[1] * shape[2]]} for a grid of {shape[1]} x {shape[2]}" if shape else ""
+    if parts.ndim != 2 or (shape and parts.shape != (shape[0], math.prod(shape[1:]))):
+        wanted = f" = {[shape[0], math.prod(shape[1:])]} for a grid of {times(shape[1:])}" if shape else ""
         raise ValueError(f"parts has shape {list(parts.shape)}, but must be [B, N]{wanted}, one label for each patch")
     labels: Tensor = parts.long()
     if _can_look_at(labels) and labels.numel() and int(labels.min()) < 0:
@@ -195,12 +249,19 @@ def mask_patches(
     batch_size, num_patches, width = x.shape
     check_scores(scores, (batch_size, num_patches))
     keep = num_visible(num_patches, mask_ratio, keep)
-    ids = _order(scores, torch.randint(1 << 62, (batch_size,), device=x.device, generator=generator))
-    ids_restore = torch.empty_like(ids).scatter_(1, ids, torch.arange(num_patches, device=x.device).expand_as(ids))
+    ids, ids_restore = shuffle(scores, generator)
     # Rows of one long table: on a CPU many times faster than a gather along the second dimension.
     rows = ids[:, :keep] + torch.arange(batch_size, device=x.device)[:, None] * num_patches
     visible = x.flatten(0, 1).index_select(0, rows.flatten()).view(batch_size, keep, width)
     return MaskedPatches(visible, (ids_restore >= keep).float(), ids_restore)
+
+
+def shuffle(scores: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    """The patches in ascending order of their scores, ties at random, and the place of each patch: [B, N] int64."""
+    batch_size, num_patches = scores.shape
+    ids = _order(scores, torch.randint(1 << 62, (batch_size,), device=scores.device, generator=generator))
+    place = torch.arange(num_patches, device=scores.device).expand_as(ids)
+    return ids, torch.empty_like(ids).scatter_(1, ids, place)
 
 
 def _order(scores: Tensor, tie_key: Tensor) -> Tensor:

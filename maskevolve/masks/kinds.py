@@ -1,11 +1,12 @@
 """The masks that do not change over training: random, grid, block, part."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ..checks import check_range, check_whole
-from ..grid import GridSize
+from ..checks import check_range, check_whole, is_whole
+from ..grid import Grid, GridSize
 from . import functional as F
 from .base import Masking
 
@@ -21,7 +22,7 @@ class RandomMask(Masking):
 
     needs_grid = False
 
-    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Tensor:
+    def draw(self, batch_size: int, grid_size: Grid, parts: Tensor | None, **source: Any) -> Tensor:
         return F.random_scores(batch_size, grid_size, **source)
 
 
@@ -30,7 +31,9 @@ class GridMask(Masking):
     Source: Algorithm 1 of Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
 
     Args:
-        period: side of the pattern, in patches: at 2 and mask_ratio 0.75, one cell of four stays.
+        period: side of the pattern, in patches: at 2 and mask_ratio 0.75, one cell of four stays. Or one number an
+            axis, such as (1, 2, 2) for the same cells in every frame. On one axis, what stays lies evenly along it at
+            any ratio: at 0.75, every fourth patch.
         grid_size: as in `Masking`.
 
     Examples:
@@ -39,24 +42,30 @@ class GridMask(Masking):
         True
     """
 
-    def __init__(self, period: int = 2, *, grid_size: GridSize | None = None) -> None:
+    def __init__(self, period: int | Sequence[int] = 2, *, grid_size: GridSize | None = None) -> None:
         super().__init__(grid_size)
-        check_whole("period", period, 1, "the side of the pattern, in patches")
-        self.period = int(period)
+        sides: Any = tuple(period) if isinstance(period, (tuple, list)) else (period,)
+        if not 1 <= len(sides) <= 3 or not all(is_whole(side) and side >= 1 for side in sides):
+            must = "a whole number of at least 1: the side of the pattern, in patches, or one to three of them"
+            raise ValueError(f"period={period!r} must be {must}")
+        self.period = tuple(map(int, sides)) if isinstance(period, (tuple, list)) else int(sides[0])
 
-    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Tensor:
+    def draw(self, batch_size: int, grid_size: Grid, parts: Tensor | None, **source: Any) -> Tensor:
         return F.grid_scores(batch_size, grid_size, period=self.period, **source)
 
 
 class BlockMask(Masking):
-    """Random rectangles, as BEiT draws them; the last one is cut to fit the mask ratio.
+    """Random rectangles, as BEiT draws them; cuboids and spans on other grids. The last is cut to fit the mask ratio.
     Source: Algorithm 1 of BEiT, https://arxiv.org/abs/2106.08254
 
     Args:
-        num_blocks: rectangles for each image; 16 cover nine tenths of an image on average. Patches that none covers are
+        num_blocks: blocks for each image; 16 cover nine tenths of an image on average. Patches that none covers are
             removed last, at random.
-        area: least and greatest area of a rectangle, as a share of the image (BEiT: 16 of 196 patches to 0.4).
-        aspect: least and greatest height / width of a rectangle, drawn log-uniformly.
+        area: least and greatest size of a block, as a share of the image (BEiT: 16 of 196 patches to 0.4). A cuboid of
+            share s takes s ** (1 / 3) of the first axis.
+        aspect: least and greatest height / width of a block, drawn log-uniformly.
+        size: in place of both, (least, greatest) along each axis, in patches, such as ((1, 4), (3, 8), (3, 8)). For
+            video, `TubeMask(BlockMask())` has rectangles through the whole time.
         grid_size: as in `Masking`.
 
     Examples:
@@ -70,16 +79,23 @@ class BlockMask(Masking):
         *,
         area: tuple[float, float] = (16 / 196, 0.4),
         aspect: tuple[float, float] = (0.3, 1 / 0.3),
+        size: Sequence[tuple[int, int]] | None = None,
         grid_size: GridSize | None = None,
     ) -> None:
         super().__init__(grid_size)
         check_whole("num_blocks", num_blocks, 1, "the rectangles for each image")
         check_range("area", area, "(least, greatest) with 0 < least <= greatest <= 1", 1)
         check_range("aspect", aspect, "(least, greatest) with 0 < least <= greatest")
-        self.num_blocks, self.area, self.aspect = int(num_blocks), area, aspect
+        if size is not None and not (isinstance(size, (tuple, list)) and 1 <= len(size) <= 3):
+            raise ValueError(f"size={size!r} must be (least, greatest) for each of one to three axes, in patches")
+        for pair in size or ():
+            check_range("size", pair, "(least, greatest) along each axis, in patches, with 1 <= least <= greatest")
+            for number in pair:
+                check_whole("size", number, 1, "(least, greatest) along each axis, in patches")
+        self.num_blocks, self.area, self.aspect, self.size = int(num_blocks), area, aspect, size
 
-    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Tensor:
-        source |= {"num_blocks": self.num_blocks, "area": self.area, "aspect": self.aspect}
+    def draw(self, batch_size: int, grid_size: Grid, parts: Tensor | None, **source: Any) -> Tensor:
+        source |= {"num_blocks": self.num_blocks, "area": self.area, "aspect": self.aspect, "size": self.size}
         return F.block_scores(batch_size, grid_size, **source)
 
 
@@ -96,5 +112,5 @@ class PartMask(Masking):
 
     needs_parts, needs_grid = True, False  # the parts say which patches go together
 
-    def draw(self, batch_size: int, grid_size: tuple[int, int], parts: Tensor | None, **source: Any) -> Tensor:
+    def draw(self, batch_size: int, grid_size: Grid, parts: Tensor | None, **source: Any) -> Tensor:
         return F.part_scores(parts, **source)  # type: ignore[arg-type]  # refuses None

@@ -1,5 +1,6 @@
 """What both partitioners do with an affinity before they cut it."""
 
+import math
 import warnings
 from threading import Lock
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_memory, check_whole
-from ..grid import GridSize, check_grid, every
+from ..grid import Grid, GridSize, check_grid, every, times
 from .hierarchy import check_num_parts
 from .segmentation import plain_tensor
 
@@ -65,16 +66,19 @@ def check_affinity(affinity: Any) -> Tensor:
     return given
 
 
-def interpolate(affinity: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
+def interpolate(affinity: Tensor, grid: Grid, stride: int) -> Tensor:
     """Affinities of every stride-th patch in each direction, [B, n, n], to those of all patches, [B, N, N].
 
-    Linear along rows and columns, times stride ** 4: whole numbers stay whole numbers.
+    Linear along each axis, times stride ** (2 * axes): whole numbers stay whole numbers.
     """
     weights = {side: _weights(side, stride, affinity) for side in set(grid)}
-    rows, columns = (weights[side] for side in grid)
+    batch = len(affinity)
     for _ in range(2):  # from the columns of the matrix, then from its rows
-        cells = affinity.mT.unflatten(1, (rows.shape[1], columns.shape[1]))
-        affinity = (columns @ (rows @ cells.flatten(2)).unflatten(2, cells.shape[2:])).flatten(1, 2)
+        affinity, done = affinity.mT, batch
+        for side in grid:
+            affinity = weights[side] @ affinity.reshape(done, weights[side].shape[1], -1)
+            done *= side
+        affinity = affinity.reshape(batch, done // batch, -1)
     return affinity
 
 
@@ -86,15 +90,15 @@ def _weights(size: int, stride: int, like: Tensor) -> Tensor:
     return (stride - apart.abs()).clamp(min=0).to(like.dtype)
 
 
-def strided_grid(patches: int, grid_size: GridSize | None, stride: int) -> tuple[int, int]:
-    """The grid (H, W) of all patches, where `patches` is the number of every stride-th one in each direction."""
+def strided_grid(patches: int, grid_size: GridSize | None, stride: int) -> Grid:
+    """The grid of all patches, where `patches` is the number of every stride-th one in each direction."""
     check_whole("stride", stride, 1, "of the patches in the affinity")
     if grid_size is None:
         raise ValueError(f"an affinity with stride={stride} needs grid_size=(H, W), that of all patches")
     grid = check_grid(grid_size)
     coarse = [len(every(side, stride)) for side in grid]
-    if coarse[0] * coarse[1] != patches:
-        left = f"of which stride={stride} leaves {coarse[0]} x {coarse[1]}"
+    if math.prod(coarse) != patches:
+        left = f"of which stride={stride} leaves {times(coarse)}"
         raise ValueError(f"grid_size={grid_size!r}, {left}, does not fit an affinity of {patches} patches")
     return grid
 

@@ -1,5 +1,7 @@
 """Affinities and pictures to parts by recursive min cuts."""
 
+import math
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -7,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..checks import check_memory, check_number
-from ..grid import GridSize, resolve_grid
+from ..grid import Grid, GridSize, resolve_grid, times
 from .affinity import Partitioner, check_affinity, interpolate, safe_divisor, strided_grid, wide_dtype
-from .edges import affinity_edges, contrast_edges
+from .edges import affinity_edges, contrast_edges, edge_weights
 from .hierarchy import PartHierarchy, check_num_parts
 from .mincut import SOLVERS, grid_min_cut
-from .segmentation import plain_tensor
+from .segmentation import SIDES, plain_tensor
 from .split import exact_dtype, whole_images
 
 FEW_PARTS = 16  # up to so many, the tree is two levels deeper than a balanced one, for uneven parts; above, one
@@ -24,14 +26,17 @@ class GraphCutPartitioner(Partitioner):
 
     Features are rows of the square root of the affinity, unit length. In each part, two means give the terminal
     capacities of a min cut, which splits the part; the splits that explain the most are kept. The edges of the cut,
-    between 8-neighbours, come from the images: they are weak where two patches differ in brightness or colour, so that
-    outlines follow what is in the picture. Without images, they come from the affinity.
+    between 8 neighbours in a picture and 26 in a volume, come from the images: they are weak where two patches differ
+    in brightness or colour, so that outlines follow what is in the picture. Without images, edges come from the
+    affinity.
 
     Args:
         num_parts: number of parts K where the call names none.
         smoothness: weight of the edges against the distances to the means: higher gives smoother outlines and fewer
             parts. Where None: 16 for edges from images, 0.3 for those from the affinity.
         solver: of `maskevolve.parts.grid_min_cut`: "auto", "pymaxflow", "scipy", "torch" or "triton".
+        axis_weights: of edges, a number an axis, such as (0.3, 1, 1) where the slices of a volume are 1 / 0.3 times as
+            far apart as its rows; an edge that steps along several axes has the product. All 1 where None.
 
     Memory: about 24 bytes for each pair of patches of an image beside the affinity, 28 where float32 products may be
     rounded (TF32); so 236 MB for 256 images of 14 x 14 patches. With images, and given back before that: 40 bytes for
@@ -52,13 +57,24 @@ class GraphCutPartitioner(Partitioner):
     https://doi.org/10.1109/ICCV.2001.937505
     """
 
-    def __init__(self, num_parts: int = 10, *, smoothness: float | None = None, solver: str = "auto") -> None:
+    def __init__(
+        self,
+        num_parts: int = 10,
+        *,
+        smoothness: float | None = None,
+        solver: str = "auto",
+        axis_weights: Sequence[float] | None = None,
+    ) -> None:
         super().__init__(num_parts)
         if smoothness is not None:
             check_number("smoothness", smoothness, "a number of at least 0, or None")
         if solver not in SOLVERS:
             raise ValueError(f"solver={solver!r} is not one of {', '.join(map(repr, SOLVERS))}")
-        self.smoothness, self.solver = smoothness, solver
+        if axis_weights is not None and not isinstance(axis_weights, (tuple, list)):
+            raise ValueError(f"axis_weights={axis_weights!r} must be a number for each axis of the grid, or None")
+        for weight in axis_weights or ():
+            check_number("axis_weights", weight, "numbers of at least 0, one for each axis of the grid")
+        self.smoothness, self.solver, self.axis_weights = smoothness, solver, axis_weights
 
     def forward(
         self,
@@ -74,11 +90,12 @@ class GraphCutPartitioner(Partitioner):
             affinity: [B, N, N] or [B, heads, N, N], any float type, >= 0: how much the patches of an image belong
                 together. Its scale does not matter; it need not be symmetric. NaN, inf and values below 0 count as 0.
             num_parts: number of parts K; that of the partitioner where None.
-            grid_size: the side of a square patch grid, or (H, W), in patches; where None, that which square patches of
-                the images make, or a square.
-            images: [B, C, height, width], whose height and width are multiples of H and W; any number of channels, any
-                float or integer type. The scale and the offset of each channel do not matter, nor does the order of
-                the channels; those of one value change nothing. NaN and inf count as 0.
+            grid_size: the side of a square patch grid, or (L,), (H, W), (T, H, W) or (D, H, W), in patches; where None,
+                that which square patches of the images make, or a square.
+            images: [B, C, height, width], whose height and width are multiples of H and W, and alike for other grids,
+                [B, C, depth, height, width]; any number of channels, any float or integer type. The scale and the
+                offset of each channel do not matter, nor does the order of the channels; those of one value change
+                nothing. NaN and inf count as 0.
             stride: of the patches in the affinity, where it is that of every stride-th patch in each direction, as
                 `attention_affinity` returns it for the same stride. Such an affinity needs images.
 
@@ -106,7 +123,7 @@ class GraphCutPartitioner(Partitioner):
         """
         num_parts, given = check_num_parts(num_parts, self.num_parts), check_affinity(affinity)
         grid, images = _check_images(given, grid_size, images, stride)
-        patches, what = grid[0] * grid[1], f"a cut of {len(given)} images of {grid[0]} x {grid[1]} patches"
+        patches, what = math.prod(grid), f"a cut of {len(given)} images of {times(grid)} patches"
         check_memory(what, 10 * len(given) * patches**2, given.device)
         with torch.autocast(given.device.type, enabled=False):
             affinity = self.clean(given)
@@ -121,32 +138,35 @@ class GraphCutPartitioner(Partitioner):
             leaves, order = parts.labels + (1 << len(gains)), _split_order(gains, num_parts - 1)
             return PartHierarchy(leaves.to(affinity.device), order.to(affinity.device), num_parts)
 
-    def _edges(self, affinity: Tensor, grid: tuple[int, int], images: Tensor | None) -> Tensor:
+    def _edges(self, affinity: Tensor, grid: Grid, images: Tensor | None) -> Tensor:
         """Capacities: see `contrast_edges` and `affinity_edges`."""
+        usual = OF_AFFINITY if images is None else OF_CONTRAST
+        smoothness = (usual if self.smoothness is None else self.smoothness) * edge_weights(grid, self.axis_weights)
         if images is None:
-            return affinity_edges(affinity, grid, OF_AFFINITY if self.smoothness is None else self.smoothness)
-        edges, bad = contrast_edges(images, grid, OF_CONTRAST if self.smoothness is None else self.smoothness)
+            return affinity_edges(affinity, grid, smoothness)
+        edges, bad = contrast_edges(images, grid, smoothness)
         self.warn_of("values of images", bad, images.numel(), "look for what made them before they came here")
         return edges
 
 
-def _check_images(affinity: Tensor, grid_size: Any, images: Any, stride: int) -> tuple[tuple[int, int], Tensor | None]:
-    """The grid (H, W), and the images as a plain tensor; ValueError where they do not fit the affinity."""
+def _check_images(affinity: Tensor, grid_size: Any, images: Any, stride: int) -> tuple[Grid, Tensor | None]:
+    """The grid, such as (H, W), and the images as a plain tensor; ValueError where they do not fit the affinity."""
     if images is None:
         if stride != 1:
             raise ValueError(f"an affinity with stride={stride} needs images=..., for outlines between its patches")
         return resolve_grid(affinity.shape[-1], grid_size), None
     images = plain_tensor("images", images)
     if stride == 1:
-        grid = resolve_grid(affinity.shape[-1], grid_size, images.shape[2:] if images.ndim == 4 else None)
+        grid = resolve_grid(affinity.shape[-1], grid_size, images.shape[2:] if 3 <= images.ndim <= 5 else None)
     else:
         grid = strided_grid(affinity.shape[-1], grid_size, stride)
-    fits = images.ndim == 4 and len(images) == len(affinity) and images.shape[1] > 0 and not images.is_complex()
+    fits = images.ndim == 2 + len(grid) and len(images) == len(affinity) and images.shape[1] > 0
+    fits = fits and not images.is_complex()
     if not fits or any(side == 0 or side % cells for side, cells in zip(images.shape[2:], grid, strict=True)):
         raise ValueError(
-            f"images has shape {list(images.shape)}, but must be [{len(affinity)}, channels, height, width] for an "
-            f"affinity of shape {list(affinity.shape)}, with a height and a width that are multiples of those of "
-            f"the {grid[0]} x {grid[1]} patches, and of a float or integer type, not {images.dtype}"
+            f"images has shape {list(images.shape)}, but must be [{len(affinity)}, channels, {SIDES[len(grid)]}] for "
+            f"an affinity of shape {list(affinity.shape)}, with sides that are multiples of those of the {times(grid)} "
+            f"patches, and of a float or integer type, not {images.dtype}"
         )
     return grid, images
 
@@ -159,7 +179,7 @@ def _split_order(gains: list[Tensor], splits: int) -> Tensor:
     return torch.where((gain < 0) | (order >= splits), gain.shape[1], order)
 
 
-def _gram(affinity: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
+def _gram(affinity: Tensor, grid: Grid, stride: int) -> Tensor:
     """Inner products of the patches' features, [B, N, N] float32 integers: see `whole_images`.
 
     The features are integers too, no longer than 2 ** 12: float32 holds their products, on whatever device. Between
@@ -174,7 +194,7 @@ def _gram(affinity: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
     integers = features.round_().to(exact_dtype())
     gram = (integers @ integers.mT).float()
     if stride > 1:
-        gram = interpolate(_scaled(gram, (1 << 24) / stride**4).to(exact_dtype()), grid, stride).float()
+        gram = interpolate(_scaled(gram, (1 << 24) / stride ** (2 * len(grid))).to(exact_dtype()), grid, stride).float()
     return _scaled(gram, (1 << 24) / gram.shape[1] - 1)
 
 

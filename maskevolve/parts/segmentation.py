@@ -1,5 +1,6 @@
 """Segmentations of pixels to parts: a label for each patch."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_tensor, is_whole
-from ..grid import GridSize, check_grid
+from ..grid import Grid, GridSize, check_grid, times
+
+SIDES = {1: "length", 2: "height, width", 3: "depth, height, width"}  # of images, by the axes of their grid
 
 
 def parts_from_segmentation(labels: Tensor, grid_size: GridSize, ignore: int | None = None) -> Tensor:
@@ -19,8 +22,8 @@ def parts_from_segmentation(labels: Tensor, grid_size: GridSize, ignore: int | N
 
     Args:
         labels: [B, height, width] of any integer type or bool; labels may be negative and have gaps. Those of uint64
-            from 2 ** 63 on count as negative.
-        grid_size: the side of a square patch grid, or (H, W), in patches.
+            from 2 ** 63 on count as negative. For other grids, as many axes: [B, length], [B, depth, height, width].
+        grid_size: the side of a square patch grid, or (L,), (H, W), (T, H, W) or (D, H, W), in patches.
         ignore: a label that does not vote, such as 255 or -1 for pixels that nobody labelled. Patches without any other
             label are a part of their own, under the number of that label.
 
@@ -39,13 +42,17 @@ def parts_from_segmentation(labels: Tensor, grid_size: GridSize, ignore: int | N
         (tensor([[  7, 255]]), tensor([[7, 3]]))
     """
     labels = check_labels(plain_tensor("labels", labels), "labels")
-    if labels.ndim != 3:
-        raise ValueError(f"labels has shape {list(labels.shape)}, but must be [B, height, width]: use labels[None]")
+    if labels.ndim != 1 + len(grid := check_grid(grid_size)):
+        must = f"be [B, {SIDES[len(grid)]}] for a grid of {times(grid)} patches"
+        must += ": labels[None] is a batch of one, labels[:, 0] drops a channel"
+        raise ValueError(f"labels has shape {list(labels.shape)}, but must {must}")
     return labels_to_parts(labels, grid_size, ignore)
 
 
 def labels_to_parts(labels: Any, grid_size: GridSize, ignore: int | None = None) -> Tensor:
     """Labels of patches [B, N] or maps [B, h, w], a tensor or an array, to parts: see `parts_from_segmentation`.
+
+    Maps have as many axes as the grid.
 
     Returns:
         parts [B, N] int64 >= 0, on the device of the labels. Raises as there, and where N is not that of the grid.
@@ -54,13 +61,15 @@ def labels_to_parts(labels: Any, grid_size: GridSize, ignore: int | None = None)
         >>> labels_to_parts(np.array([[3, -1]]), (1, 2)), labels_to_parts(np.array([[[3, 3, -1]]]), (1, 2), ignore=-1)
         (tensor([[1, 0]]), tensor([[3, 3]]))
     """
-    labels, (height, width) = check_labels(labels), check_grid(grid_size)
+    labels, grid = check_labels(labels), check_grid(grid_size)
     if ignore is not None and not (is_whole(ignore) and -(2**63) <= ignore < 2**64):
         raise ValueError(f"ignore={ignore!r} must be one label, a whole number, or None")
-    if labels.ndim == 3:
-        labels = _majority(labels, height, width, ignore)
-    if labels.shape[1] != height * width:
-        raise ValueError(f"parts has shape {list(labels.shape)}, but {grid_size=} has N={height * width} patches")
+    if labels.ndim == 1 + len(grid):
+        labels = _majority(labels, grid, ignore)
+    if labels.shape[1:] != (math.prod(grid),):
+        give = f"labels [B, N], or maps [B, {SIDES[len(grid)]}]: labels[:, 0] drops a channel"
+        axes = f"N={math.prod(grid)} patches along {len(grid)} axes: give {give}"
+        raise ValueError(f"parts has shape {list(labels.shape)}, but {grid_size=} has {axes}")
     return torch.where((labels < 0).any(1, keepdim=True), renumber(labels), labels)
 
 
@@ -75,7 +84,7 @@ def check_labels(labels: Any, name: str = "parts") -> Tensor:
             f"{name} has dtype {labels.dtype}, but labels are integers: use {name}.long() where they are labels; where "
             "a ViT is to cut the parts, pass FrozenTeacher(vit, GraphCutPartitioner(), total_epochs=epochs)"
         )
-    if labels.ndim not in (2, 3) or 0 in labels.shape[1:]:
+    if not 2 <= labels.ndim <= 4 or 0 in labels.shape[1:]:
         what = "a label for each patch [B, N], or maps of them [B, h, w]: labels[:, 0] drops a channel"
         raise ValueError(f"{name} has shape {list(labels.shape)}, but must be {what}")
     return labels.long() if is_tensor else torch.from_numpy(labels.astype(np.int64))
@@ -93,12 +102,18 @@ def renumber(labels: Tensor) -> Tensor:
     return torch.empty_like(labels).scatter_(1, order, (values.diff(dim=1, prepend=values[:, :1]) != 0).cumsum(1))
 
 
-def _majority(pixels: Tensor, height: int, width: int, ignore: int | None) -> Tensor:
+def _majority(pixels: Tensor, grid: Grid, ignore: int | None) -> Tensor:
     """[B, height, width] labels of pixels to the label [B, H * W] that most pixels of each patch have."""
-    rows, real_rows = _pixels_of_cells(pixels.shape[1], height, pixels.device)
-    columns, real_columns = _pixels_of_cells(pixels.shape[2], width, pixels.device)
-    pixels = pixels[:, rows[:, None, :, None], columns[:, None, :]].flatten(3)  # [B, H, W, pixels of a patch]
-    votes = (real_rows[:, None, :, None] & real_columns[:, None, :]).flatten(2).expand_as(pixels)
+    places: list[Any] = []
+    axes = len(grid)
+    votes = torch.ones((), dtype=torch.bool, device=pixels.device)
+    for axis, cells in enumerate(grid):
+        place, is_real = _pixels_of_cells(pixels.shape[1 + axis], cells, pixels.device)
+        after = [1] * (axes - 1 - axis)  # of cells, then of pixels in them
+        places.append(place.view(cells, *after, *[1] * axis, -1, *after))
+        votes = votes & is_real.view(cells, *after, *[1] * axis, -1, *after)
+    pixels = pixels[(slice(None), *places)].flatten(-axes)  # [B, H, W, pixels of a patch]
+    votes = votes.flatten(-axes).expand_as(pixels)
     if ignore is not None:
         votes = votes & (pixels != (ignore if ignore < 2**63 else ignore - 2**64))  # a label of uint64
     values, order = pixels.sort(-1)

@@ -5,12 +5,14 @@ so no edge depends on the device, the batch, the order of the channels, or the s
 Outliers, such as a border without data, are left out where contrast is measured.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...grid import Grid
 from ..mincut import neighbours
 from ..split.plain import LIMIT
 
@@ -23,7 +25,7 @@ FAR = 1 << 16  # pixels so many medians away from the usual value are as good as
 LEAST_COLOUR = 30  # colour counts at least as if its mean contrast were this part of that of brightness
 
 
-def contrast_edges(images: Tensor, grid: tuple[int, int], weight: float) -> tuple[Tensor, Tensor]:
+def contrast_edges(images: Tensor, grid: Grid, weight: Any) -> tuple[Tensor, Tensor]:
     """See `maskevolve.parts.edges.contrast_edges`."""
     darkest, brightest = _ranges(images, grid)
     bad = torch.zeros((), dtype=torch.long)
@@ -35,20 +37,23 @@ def contrast_edges(images: Tensor, grid: tuple[int, int], weight: float) -> tupl
     return torch.from_numpy(edges_of(sums, grid, weight)), bad
 
 
-def _ranges(images: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _ranges(images: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """The darkest and the brightest pixel of each patch, [B, C, N]."""
-    patches = _patches(images, grid)  # along whole rows first, which is faster
-    return patches.amin(3).amin(4).flatten(2), patches.amax(3).amax(4).flatten(2)
+    darkest = brightest = _patches(images, grid)
+    for axis in range(3, 3 + len(grid)):  # along whole rows first, which is faster
+        darkest, brightest = darkest.amin(axis), brightest.amax(axis)
+    return darkest.flatten(2), brightest.flatten(2)
 
 
-def _patches(images: Tensor, grid: tuple[int, int]) -> Tensor:
+def _patches(images: Tensor, grid: Grid) -> Tensor:
     """[B, C, h, y, w, x]: rows of patches, rows of pixels in each, patches in a row, pixels in a row of each."""
-    patches: Tensor = images.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
-    return patches
+    for axis in reversed(range(len(grid))):
+        images = images.unflatten(2 + axis, (grid[axis], -1))
+    return images
 
 
 @np.errstate(divide="ignore", over="ignore")
-def patch_sums(images: Tensor, darkest: Any, brightest: Any, grid: tuple[int, int]) -> Any:
+def patch_sums(images: Tensor, darkest: Any, brightest: Any, grid: Grid) -> Any:
     """Sums of the pixels of each patch, [B, C, N] int64, where each channel of an image has its own scale.
 
     They are at most 2 ** 42, and 0 in a channel of one value.
@@ -58,23 +63,29 @@ def patch_sums(images: Tensor, darkest: Any, brightest: Any, grid: tuple[int, in
     far[far == 0] = FARTHEST
     low = np.clip(darkest.min(2, keepdims=True) - middle, -far, far)
     high = np.clip(brightest.max(2, keepdims=True) - middle, -far, far)
-    pixels = images.shape[2] * images.shape[3] // darkest.shape[2]
+    pixels = math.prod(images.shape[2:]) // darkest.shape[2]
     scale = max(LARGEST // pixels, 1) / (high - low)
     scale[~np.isfinite(scale)] = 0
     sums = torch.empty(darkest.shape, dtype=torch.long)
-    settings = (torch.from_numpy(each[..., None]) for each in (middle, far, low * (scale > 0), scale))
+    ones = [1] * len(grid)
+    settings = (
+        torch.from_numpy(each.reshape(*each.shape[:2], *ones)) for each in (middle, far, low * (scale > 0), scale)
+    )
     for image, *its, total in zip(images, *settings, sums, strict=True):  # an image at a time stays in the cache
         middle, far, low, scale = its
         whole = image.sub(middle).clamp_(-far, far).sub_(low).mul_(scale).round_()
-        total[:] = _patches(whole[None], grid)[0].sum(2).sum(3).flatten(1)
+        patches = _patches(whole[None], grid)
+        for axis in range(3, 3 + len(grid)):
+            patches = patches.sum(axis)
+        total[:] = patches[0].flatten(1)
     return sums.numpy()
 
 
-def edges_of(sums: Any, grid: tuple[int, int], weight: float) -> Any:
-    """Capacities from the contrast of patches: of `patch_sums`, [B, 8, N] int32."""
+def edges_of(sums: Any, grid: Grid, weight: Any) -> Any:
+    """Capacities from the contrast of patches: of `patch_sums`, [B, 3 ** d - 1, N] int32."""
     there = neighbours(*grid)[::2]
     inside = there != np.arange(sums.shape[2])
-    steps = (sums[..., there] - sums[:, :, None]) * inside  # each pair of neighbours once, [B, C, 4, N]
+    steps = (sums[..., there] - sums[:, :, None]) * inside  # each pair of neighbours once, [B, C, pairs, N]
     median = _median(_flat(np.abs(steps)))[..., None]
     steps = np.rint(steps * STEP / np.maximum(median, 1)).clip(-MOST_STEPS, MOST_STEPS).astype(np.int64)
     root, usual = _spread(steps, inside)
@@ -92,15 +103,15 @@ def edges_of(sums: Any, grid: tuple[int, int], weight: float) -> Any:
     contrast = (brightness / _divisor(of_brightness) + colour / _divisor(least)) * (count / _divisor(total))
     square = (1 + contrast) * (1 + contrast)
     weights = np.rint(inside * weight / (square * square * square)).clip(0, LIMIT).astype(np.int32)
-    edges = np.zeros((len(sums), 8, sums.shape[2]), dtype=np.int32)
+    edges = np.zeros((len(sums), 2 * len(there), sums.shape[2]), dtype=np.int32)
     edges[:, ::2] = weights
-    for pair in range(4):  # the way back weighs as much
+    for pair in range(len(there)):  # the way back weighs as much
         edges[:, 2 * pair + 1, there[pair, inside[pair]]] = weights[:, pair, inside[pair]]
     return edges
 
 
 def _spread(steps: Any, inside: Any) -> tuple[Any, Any]:
-    """The root mean square of differences, [B, C, 4, N] in medians, as [B, C, 1, 1], and which count for it, [B, 4, N].
+    """The root mean square of differences, [B, C, pairs, N] in medians, as [B, C, 1, 1], and which count for it.
 
     From the median upwards, they count up to the first that is OUTLIER times the root mean square of the smaller ones:
     so a border without data tells nothing of the picture, and strong outlines in it do.
@@ -119,8 +130,8 @@ def _spread(steps: Any, inside: Any) -> tuple[Any, Any]:
 
 
 def _flat(values: Any) -> Any:
-    """[B, C, 4, N] as [B, C, 4 * N]."""
-    return values.reshape(*values.shape[:2], 4 * values.shape[3])
+    """[B, C, pairs, N] as [B, C, pairs * N]."""
+    return values.reshape(*values.shape[:2], math.prod(values.shape[2:]))
 
 
 def _median(values: Any) -> Any:

@@ -1,5 +1,6 @@
-"""Exact min cuts on 8-neighbour grids, a whole batch at a time."""
+"""Exact min cuts on grids of one to three axes, between all neighbours, a whole batch at a time."""
 
+import math
 import os
 from functools import lru_cache
 from importlib import import_module
@@ -12,8 +13,27 @@ from torch import Tensor
 
 from .. import kernel_trial
 
-OFFSETS = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1))
-"""(rows, columns) to the neighbour in each direction: E, W, S, N, SE, NW, SW, NE. Direction d ^ 1 is the way back."""
+
+def offsets(axes: int) -> tuple[tuple[int, ...], ...]:
+    """Steps along each axis to all 3 ** axes - 1 neighbours. Direction d ^ 1 is the way back.
+
+    Those without a step along the first axis come first, in the order that they have on a grid without it. Of the rest,
+    the one straight along it is followed by those to the side, in that order.
+
+    Examples:
+        >>> offsets(2)  # E, W, S, N, SE, NW, SW, NE
+        ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1))
+    """
+    if axes == 0:
+        return ()
+    beside = offsets(axes - 1)
+    onward = [(1, *step) for step in ((0,) * (axes - 1), *beside)]
+    pairs = [(step, tuple(-each for each in step)) for step in onward]
+    return (*((0, *step) for step in beside), *(step for pair in pairs for step in pair))
+
+
+OFFSETS = offsets(2)
+"""(rows, columns) to the neighbour in each direction of a picture: E, W, S, N, SE, NW, SW, NE."""
 
 SOLVERS = {"auto": "", "pymaxflow": "PyMaxflow", "scipy": "SciPy", "torch": "", "triton": "triton"}  # and its package
 
@@ -22,19 +42,21 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
     """The minimum cut of every grid of the batch: which nodes can still reach the sink.
 
     Args:
-        source: [B, H, W] int32 >= 0, capacity from the source to each node.
-        sink: [B, H, W] int32 >= 0, capacity from each node to the sink.
+        source: [B, H, W] int32 >= 0, capacity from the source to each node; [B, L] or [B, D, H, W] on other grids.
+        sink: the same from each node to the sink.
         capacity: [B, 8, H, W] int32 >= 0, capacity from each node to its neighbour in the directions E, W, S, N, SE,
-            NW, SW, NE. What leaves the grid is ignored.
+            NW, SW, NE. What leaves the grid is ignored. On one axis there are two, [B, 2, L]: E, W. On three there are
+            26, [B, 26, D, H, W]: the 8 of a slice, then to the next slice and from it: straight, E, W, S, N, ...: see
+            `offsets`.
         solver: "pymaxflow" (CPU; PyMaxflow is under the GPL and is imported only here), "scipy" (CPU), "torch" (any
             device), "triton" (a GPU; the host does not wait), or "auto". That is triton on a GPU where it is installed
-            and, tried once, gives the bits of torch (MASKEVOLVE_KERNELS=0 turns it off), for grids of up to 4096
-            nodes; else pymaxflow where it is installed, or scipy. These two copy tensors of a GPU to the host and wait.
-            They also cut the larger grids of who asks for triton.
+            and, tried once, gives the bits of torch (MASKEVOLVE_KERNELS=0 turns it off), for grids of two axes and up
+            to 4096 nodes; else pymaxflow where it is installed, or scipy. These two copy tensors of a GPU to the host
+            and wait. They also cut the other grids of who asks for triton.
 
     Returns:
-        [B, H, W] bool, on the device of `source`: True on the sink's side. That set is the same for every maximum flow,
-        so all solvers give the same bits.
+        bool, of the shape and on the device of `source`: True on the sink's side. That set is the same for every
+        maximum flow, so all solvers give the same bits.
 
     Raises:
         ImportError: where the package of the solver is not installed.
@@ -56,10 +78,11 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
         raise ValueError(f"solver={solver!r} is not one of {', '.join(map(repr, SOLVERS))}")
     tensors = (source, sink, capacity)
     shape, *others = [list(tensor.shape) for tensor in tensors]
-    fits = source.ndim == 3 and others == [shape, [shape[0], 8, *shape[1:]]]
+    fits = 2 <= source.ndim <= 4 and others == [shape, [shape[0], 3 ** (source.ndim - 1) - 1, *shape[1:]]]
     if not fits or {tensor.dtype for tensor in tensors} != {torch.int32}:
         given = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors)
-        raise ValueError(f"source, sink and capacity must be int32, [B, H, W] twice and [B, 8, H, W], but are {given}")
+        must = "int32, [B, H, W] twice and [B, 8, H, W] (or [B, 2, L], [B, 26, D, H, W] on grids of other axes)"
+        raise ValueError(f"source, sink and capacity must be {must}, but are {given}")
     if not source.numel():
         return source > 0
     for name, tensor in zip(("source", "sink", "capacity"), tensors, strict=True):
@@ -69,7 +92,7 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
         raise ValueError('solver="triton" is turned off by MASKEVOLVE_KERNELS=0: use solver="auto"')
     if solver == "triton" and source.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError('solver="triton" needs tensors on a GPU, but these are on the CPU: use solver="auto"')
-    fits = source[0].numel() <= kernel_trial.MOST_PATCHES
+    fits = source.ndim == 3 and source[0].numel() <= kernel_trial.MOST_PATCHES
     if solver == "auto" and fits and kernel_trial.kernel_works("min cuts", source.device, _small_cuts):
         solver = "triton"
     elif solver == "auto" or (solver == "triton" and not fits):  # torch is slower than the way to the host
@@ -84,17 +107,18 @@ def grid_min_cut(source: Tensor, sink: Tensor, capacity: Tensor, *, solver: str 
 
 
 @lru_cache(64)
-def neighbours(height: int, width: int) -> Any:
-    """The neighbour of each node of a grid in each direction, [8, N]; the node itself where there is none."""
-    row, column = np.divmod(np.arange(height * width), width)
-    around = [(row + down, column + right) for down, right in OFFSETS]
-    inside = [(y >= 0) & (y < height) & (x >= 0) & (x < width) for y, x in around]
-    return np.where(inside, [y * width + x for y, x in around], np.arange(height * width))
+def neighbours(*grid: int) -> Any:
+    """The neighbour of each node of a grid in each direction, [3 ** d - 1, N]; the node itself where there is none."""
+    node = np.arange(math.prod(grid))
+    sizes = np.array(grid)[:, None]
+    around = np.stack(np.unravel_index(node, grid)) + np.array(offsets(len(grid)))[..., None]
+    inside = ((around >= 0) & (around < sizes)).all(1)
+    return np.where(inside, np.ravel_multi_index(tuple(np.moveaxis(around, 1, 0)), grid, mode="clip"), node)
 
 
 @lru_cache(64)
-def _edges_of_one(height: int, width: int) -> tuple[Any, Any, Any, Any]:
-    there, nodes = neighbours(height, width)[::2], height * width
+def _edges_of_one(*grid: int) -> tuple[Any, Any, Any, Any]:
+    there, nodes = neighbours(*grid)[::2], math.prod(grid)
     pair, here = np.nonzero(there != np.arange(nodes))
     there = there[pair, here]
     return here, there, 2 * pair * nodes + here, (2 * pair + 1) * nodes + there
@@ -103,7 +127,7 @@ def _edges_of_one(height: int, width: int) -> tuple[Any, Any, Any, Any]:
 def grid_edges(capacity: Any) -> tuple[Any, Any, Any, Any]:
     """Of capacities [B, 8, H, W], each pair of neighbours once: from, to, capacity forth and back, all flat."""
     here, there, forth, back = _edges_of_one(*capacity.shape[2:])
-    first = np.arange(len(capacity))[:, None] * (capacity.shape[2] * capacity.shape[3])
+    first = np.arange(len(capacity))[:, None] * math.prod(capacity.shape[2:])
     flat = capacity.reshape(len(capacity), -1)
     return (first + here).ravel(), (first + there).ravel(), flat[:, forth].ravel(), flat[:, back].ravel()
 

@@ -18,8 +18,9 @@ def min_cut(source: Tensor, sink: Tensor, capacity: Tensor) -> Tensor:
     """
     drawn = (source - sink).cpu().numpy()  # what goes straight from the source to the sink is in every flow
     supply, demand = drawn.clip(min=0), (-drawn).clip(min=0)
-    flow = np.minimum(supply.sum((1, 2), dtype=np.int64), demand.sum((1, 2), dtype=np.int64))
-    capacities = np.minimum(capacity.cpu().numpy(), flow[:, None, None, None] + 1)
+    totals = (each.reshape(len(each), -1).sum(1, dtype=np.int64) for each in (supply, demand))
+    flow = np.minimum(*totals).reshape(-1, *[1] * drawn.ndim)
+    capacities = np.minimum(capacity.cpu().numpy(), flow + 1)
     nodes = np.arange(drawn.size, dtype=np.int32).reshape(drawn.shape)
     start, end = np.full_like(nodes, drawn.size), np.full_like(nodes, drawn.size + 1)
     here, there, forth, back = grid_edges(capacities)

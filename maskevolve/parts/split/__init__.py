@@ -14,16 +14,15 @@ from ..mincut import neighbours
 from .plain import HostParts
 
 
-def whole_images(
-    gram: Tensor, edges: Tensor, grid: tuple[int, int], weaken: bool, by_kernel: bool | None = None
-) -> Any:
+def whole_images(gram: Tensor, edges: Tensor, grid: Any, weaken: bool, by_kernel: bool | None = None) -> Any:
     """The root of the tree, where an image is one part: by two kernels a level on a GPU with Triton, else on the host.
 
     The inner products of features, `gram` [B, N, N], are float32, whole numbers, symmetric, and may be overwritten; the
-    magnitudes of a row sum to at most 2 ** 24. See `HostParts` for the others.
+    magnitudes of a row sum to at most 2 ** 24. The kernels know grids of two axes. See `HostParts` for the others.
     """
     if by_kernel is None:
-        by_kernel = gram.shape[1] <= MOST_PATCHES and kernel_works("two means", gram.device, _small_tree)
+        fits = len(grid) == 2 and gram.shape[1] <= MOST_PATCHES
+        by_kernel = fits and kernel_works("two means", gram.device, _small_tree)
     if by_kernel:
         from .kernel import TritonParts
 

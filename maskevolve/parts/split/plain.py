@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...grid import Grid
 from ..mincut import neighbours
 
 LLOYD_STEPS = 2  # more found no more of planted parts
@@ -26,13 +27,13 @@ class HostParts:
 
     Args:
         gram: see `whole_images`.
-        edges: [B, 8, N] int32, capacities between neighbours.
-        grid: (H, W), in patches.
+        edges: [B, 8, N] int32, capacities between neighbours; as many as there are, on other grids than pictures'.
+        grid: patches along each axis, such as (H, W).
         weaken: whether edges are weaker in deeper levels and small parts, whose outline falls with the square root of
             their size.
     """
 
-    def __init__(self, gram: Tensor, edges: Tensor, grid: tuple[int, int], weaken: bool) -> None:
+    def __init__(self, gram: Tensor, edges: Tensor, grid: Grid, weaken: bool) -> None:
         self.gram, self.edges, self.grid = gram.contiguous(), edges.numpy(), grid
         self.weaken, self.level = weaken, 0
         batch_size, patches, _ = gram.shape
