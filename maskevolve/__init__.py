@@ -1,6 +1,7 @@
 """Masks that evolve from a grid to object parts, for any MAE code base."""
 
-from .masks import BlockMask, EvolvingMask, GridMask, MaskedPatches, Masking, PartMask, RandomMask, TubeMask
+from .masks import BlockMask, EvolvingMask, GridMask, MaskedPatches, MaskGenerator, Masking, PartMask, RandomMask
+from .masks import TubeMask as TubeMask
 from .parts import EMPartitioner, GraphCutPartitioner, PartHierarchy, TubePartitioner, parts_from_segmentation
 from .teachers import FrozenTeacher, PartTeacher
 
@@ -13,6 +14,7 @@ __all__ = [
     "FrozenTeacher",
     "GraphCutPartitioner",
     "GridMask",
+    "MaskGenerator",
     "MaskedPatches",
     "Masking",
     "PartHierarchy",

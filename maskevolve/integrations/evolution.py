@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from torch import distributed as dist
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
-from ..grid import Grid, resolve_grid
+from ..grid import Grid, GridSize, check_grid, resolve_grid, times
 from ..masks import MaskedPatches, Masking
 from ..masks.base import check_masking
 from ..masks.fixed import FixedDraws, kept_random_states
@@ -57,6 +58,7 @@ class Evolution:
             with each batch: ``see(parts=labels)``.
         student: what the teacher follows; the model where None.
         where: what asks for masks in this model, for warnings.
+        grid_size: of its patches, where the model does not tell: (L,), (H, W), (T, H, W) or (D, H, W).
 
     Attributes:
         last_mask: the last mask, [B, N] float32, 0 keep, 1 remove; None before the first.
@@ -76,6 +78,7 @@ class Evolution:
         teacher: Teacher | None,
         student: nn.Module | None = None,
         where: str = "the model",
+        grid_size: GridSize | None = None,
     ) -> None:
         self.model, self.masking, self.teacher = model, masking, teacher
         self.student = model if student is None else student
@@ -93,6 +96,7 @@ class Evolution:
         self.undo: list[Callable[[], Any]] = []
         needs_parts = any(getattr(mask, "needs_parts", False) for mask in masking.modules())
         self._takes_parts = needs_parts or teacher is not None
+        self._grid_size = None if grid_size is None else check_grid(grid_size)
         self._has_grid = self._find_grid()
         self._has_epoch = not any(hasattr(part, "set_epoch") for part in (masking, teacher))
         self._usage = Usage(self.student, where)
@@ -407,9 +411,19 @@ class Evolution:
         )
 
     def _grid_of(self, x: Tensor, images: Tensor | None) -> Grid:
+        if self._grid_size is not None:
+            return resolve_grid(x.shape[1], self._grid_size)
         if not self._has_grid:  # it does not matter where patches lie
             return resolve_grid(x.shape[1], self.masking.grid_size or (1, x.shape[1]))
-        return resolve_grid(x.shape[1], patch_grid(self.model, self._refuse_patches() if images is None else images))
+        images = self._refuse_patches() if images is None else images
+        grid = patch_grid(self.model, images)
+        if math.prod(grid) != x.shape[1]:
+            raise ValueError(
+                f"{type(self.model).__name__} masks N={x.shape[1]} patches, but its patch embedding makes "
+                f"{times(grid)} of images of shape {list(images.shape[1:])}: say how they lie with "
+                "grid_size=(T, H, W), the last axis fastest, where masks are applied"
+            )
+        return grid
 
     def _given_parts(self, given: Given, images: Tensor, grid_size: Grid) -> Tensor | None:
         """The parts that came with these images, if any."""
@@ -426,10 +440,10 @@ class Evolution:
                 f"parts has shape {list(labels.shape)}, but {len(images)} images are masked: give the parts of these, "
                 "[B, N] or [B, h, w]. A map [h, w] alone is labels[None]"
             )
-        if labels.ndim == 3 and not self._has_grid:
+        if labels.ndim > 2 and not self._has_grid:
             raise ValueError(
-                f"parts has shape {list(labels.shape)}, but this {type(self.model).__name__} has no patch grid with "
-                f"two sides for maps: give labels of patches, [B, {grid_size[0] * grid_size[1]}]"
+                f"parts has shape {list(labels.shape)}, but this {type(self.model).__name__} has no patch grid for "
+                f"maps: give labels of patches, [B, {math.prod(grid_size)}]"
             )
         return labels_to_parts(labels.to(images.device), grid_size, ignore)
 
@@ -447,7 +461,9 @@ class Evolution:
         return self._to_parts(_ask(partial(self.teacher, **also), images, self._fixed), images, grid_size, None)
 
     def _find_grid(self) -> bool:
-        """Whether patches lie on a grid with two sides. A mask or a teacher that needs one is refused here without."""
+        """Whether patches lie on a known grid. A mask or a teacher that needs one is refused here without."""
+        if self._grid_size is not None:
+            return True
         if self._takes_parts or self.masking.needs_grid:
             try:
                 check_patches(self.model)

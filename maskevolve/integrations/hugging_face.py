@@ -1,4 +1,4 @@
-"""Hugging Face's ViTMAE, and its models that take `bool_masked_pos`: SimMIM's, BEiT's, data2vec's, DINOv2's."""
+"""Hugging Face's ViTMAE, and its models that take `bool_masked_pos`: SimMIM's, BEiT's, DINOv2's, VideoMAE's ..."""
 
 import math
 from functools import partial
@@ -8,15 +8,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..grid import Grid
 from ..masks import Masking, num_visible
 from ..teachers import PartTeacher
 from ..teachers.average import unwrap
-from ..teachers.patch_grid import patch_grid
+from ..teachers.patch_grid import as_sides, patch_grid
 from .eager import Eager
 from .evolution import Evolution, Teacher
 
 REFUSED = {
-    "videomae": "masks tubes of a video, and the masks here are those of images",
     "seggpt": "takes bool_masked_pos for the half of its picture that it is to fill in",
 }
 """Model types whose `bool_masked_pos` is something else, and what that is."""
@@ -75,7 +75,8 @@ def apply_to_mim(
     """Let a model of Hugging Face that takes `bool_masked_pos` mask with `masking`, in place of a collator's masks.
 
     A mask that a call is given, in training or in eval mode, is replaced; True is removed. A
-    `...ForMaskedImageModeling` in training masks without one, too; any other call without a mask sees whole images.
+    `...ForMaskedImageModeling` or VideoMAEForPreTraining in training masks without one, too; any other call without a
+    mask sees whole images. A VideoMAE takes clips [B, frames, C, height, width], and its patches lie as (T, H, W).
 
     A loss of your own must be taken over ``evolution.last_mask`` [B, N], 1 where a patch is removed, after the call.
     BeitForMaskedImageModeling must be given `labels` of all patches, [B, N] or [B, H, W], for those of the removed ones
@@ -87,13 +88,14 @@ def apply_to_mim(
             you compute it; wrapped in DistributedDataParallel or compiled or not.
         masking: the mask.
         teacher: see `Evolution`. A PartTeacher is built from the same model or from its ``base_model``.
-        mask_ratio: share of patches to remove, in [0, 1), for these models' configs have none; BEiT removes 0.4.
+        mask_ratio: share of patches to remove, in [0, 1), for these models' configs have none; BEiT removes 0.4,
+            VideoMAE 0.9.
 
     Returns:
         Evolution: what moves the masks along, by hand or in `trainer_callback`.
 
     Raises:
-        TypeError: where the model takes no `bool_masked_pos`, or one that is no mask of patches (VideoMAE, SegGPT).
+        TypeError: where the model takes no `bool_masked_pos`, or one that is no mask of patches (SegGPT).
         ValueError: where the model was made without a mask token, the mask ratio leaves nothing, the teacher is a
             PartTeacher for a model that merges patches, and as `Evolution`.
 
@@ -119,7 +121,8 @@ def apply_to_mim(
         )
     if host.config.model_type in REFUSED:
         raise TypeError(f"{name} {REFUSED[host.config.model_type]}: no evolving masks for this model")
-    if all(getattr(module, "mask_token", None) is None for module in host.modules()):
+    is_video = host.config.model_type == "videomae"
+    if not is_video and all(getattr(module, "mask_token", None) is None for module in host.modules()):
         raise ValueError(
             f"this {name} was made without a mask token, and can mask nothing: make it with use_mask_token=True, an "
             "option of its config or its class"
@@ -132,10 +135,10 @@ def apply_to_mim(
         )
     body = host.base_model if _takes_mask(host.base_model) else host
     evolution = Evolution(body, masking, teacher, _student(host, body, teacher), f"{name}.forward")
-    size = getattr(host.config, "image_size", 224)
-    images = torch.empty(1, 3, *((size, size) if isinstance(size, int) else size), device="meta")
+    size, frames = as_sides(getattr(host.config, "image_size", 224)), [host.config.num_frames] if is_video else []
+    images = torch.empty(1, *frames, host.config.num_channels if is_video else 3, *size, device="meta")
     try:
-        num_visible(math.prod(_mask_grid(body, images, merged)), mask_ratio)
+        masking.num_visible(_mask_grid(body, images, merged), mask_ratio)
     except ValueError:
         evolution.remove()
         raise
@@ -160,8 +163,9 @@ def _put_mask(
     call = dict(zip(names, args, strict=False)) | kwargs
     images, labels = call.get("pixel_values"), call.get("labels")
     is_masked = call.get("bool_masked_pos") is not None or labels is not None
-    # This one has no loss without a mask.
-    needs_mask = module.training and any("ForMaskedImageModeling" in each.__name__ for each in type(module).__mro__)
+    # These have no loss without a mask.
+    kinds = ("ForMaskedImageModeling", "VideoMAEForPreTraining")
+    needs_mask = module.training and any(kind in each.__name__ for each in type(module).__mro__ for kind in kinds)
     with evolution.forward_pass(module, []):
         if images is not None and (is_masked or needs_mask):
             call["bool_masked_pos"] = mask = _draw(evolution, images, mask_ratio, merged)
@@ -174,15 +178,17 @@ def _draw(evolution: Evolution, images: Tensor, mask_ratio: float, merged: int) 
     """Which patches are removed, [B, N] bool."""
     grid = _mask_grid(evolution.model, images, merged)
     patches = images.new_zeros(len(images), math.prod(grid), 1, dtype=torch.float32)
-    mask = evolution.mask(patches, num_visible(math.prod(grid), mask_ratio), grid, images).mask.bool()
+    mask = evolution.mask(patches, evolution.masking.num_visible(grid, mask_ratio), grid, images).mask.bool()
     if merged > 1:
         mask = mask.unflatten(1, grid).repeat_interleave(merged, 1).repeat_interleave(merged, 2).flatten(1)
         evolution.last_mask = mask.float()
     return mask
 
 
-def _mask_grid(model: nn.Module, images: Tensor, merged: int) -> tuple[int, int]:
-    """The grid (H, W) of the squares that are removed, each of merged x merged patches."""
+def _mask_grid(model: nn.Module, images: Tensor, merged: int) -> Grid:
+    """The grid, such as (H, W), of the squares that are removed, each of merged x merged patches."""
+    if merged == 1:
+        return patch_grid(model, images)
     height, width = patch_grid(model, images)
     if height % merged or width % merged:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""The official MAE (https://github.com/facebookresearch/mae) and every model with its `random_masking`."""
+"""The official MAE (https://github.com/facebookresearch/mae) and every model with its `random_masking`.
+
+That of pictures, clips, volumes and sound: mae_st, Prithvi, SatMAE, AudioMAE.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..grid import GridSize
 from ..masks import Masking, num_visible
 from ..teachers.average import unwrap
 from ..teachers.encoder import is_fatal
@@ -21,7 +25,8 @@ def apply_to_mae(
     masking: Masking,
     teacher: Teacher | None = None,
     *,
-    patch_size: int | tuple[int, int] | None = None,
+    patch_size: int | tuple[int, ...] | None = None,
+    grid_size: GridSize | None = None,
 ) -> Evolution:
     """Let an MAE mask with `masking`, in place of its own `random_masking(x, mask_ratio, ...)`.
 
@@ -36,6 +41,8 @@ def apply_to_mae(
         teacher: see `Evolution`. A PartTeacher is built from the same model.
         patch_size: in pixels, for a model whose patch embedding does not say. It is ``model.patch_embed.patch_size``
             until `remove`; set that yourself before you build a PartTeacher from such a model.
+        grid_size: of the patches that are masked, (L,), (H, W), (T, H, W) or (D, H, W), the last axis fastest, for a
+            model whose patch embedding does not say, as where it embeds one frame after the other.
 
     Returns:
         Evolution: what moves the masks along.
@@ -59,7 +66,7 @@ def apply_to_mae(
     if patch_size is not None:
         embed.patch_size = patch_size
     try:
-        evolution = Evolution(model, masking, teacher, where=f"{type(model).__name__}.random_masking")
+        evolution = Evolution(model, masking, teacher, None, f"{type(model).__name__}.random_masking", grid_size)
     except Exception:
         undo()
         raise

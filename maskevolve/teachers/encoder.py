@@ -17,7 +17,8 @@ from .random_masking import Result, arrange, learn_results
 
 # Held while a model is read, whose hooks another thread would run into. Not in a teacher, which can be pickled.
 read_lock = RLock()
-# What the `random_masking` of a model returns.
+MASKING = ("random_masking", "_masking")  # the method of an MAE that masks: MAE's, and MONAI's
+# What that of a model returns.
 _results: WeakKeyDictionary[nn.Module, tuple[Result, ...]] = WeakKeyDictionary()
 
 
@@ -70,10 +71,11 @@ def image_size(model: nn.Module) -> tuple[int, ...] | None:
 @contextmanager
 def all_patches(model: nn.Module, share: float = 1.0) -> Iterator[list[Tensor]]:
     """Make an MAE keep every patch, or the first `share` of them, in order. Yields the patches that it was to mask."""
-    asked, name = list[Tensor](), "random_masking"
+    asked = list[Tensor]()
     # Not by hasattr alone, for nn.Module takes its time to say no, and this is done in each step.
-    has = (m for m in model.modules() if name in vars(m) or name in m._modules or hasattr(type(m), name))
-    if (owner := next(has, None)) is None:
+    has = ((m, name) for m in model.modules() for name in MASKING if name in vars(m) or hasattr(type(m), name))
+    owner, name = next(has, (None, ""))
+    if owner is None:
         yield asked
         return
     before, own = vars(owner).get(name), host_method(owner, name)

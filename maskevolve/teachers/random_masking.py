@@ -84,6 +84,7 @@ def learn_results(call: Callable[[], Any], x: Tensor) -> tuple[Result, ...]:
     orders = [
         each for each in values if isinstance(each, Tensor) and (each.dtype, each.shape) == (torch.int64, x.shape[:2])
     ]
+    orders = orders or [_complete(each, x.shape[1]) for each in values if _is_index(each, x)]
     for ids_restore in [either for each in orders for either in (each, each.argsort(1))]:
         results = [result for value in values if (result := _recognise(value, x, ids_restore))]
         # Which of these two it is, the other values tell.
@@ -93,9 +94,20 @@ def learn_results(call: Callable[[], Any], x: Tensor) -> tuple[Result, ...]:
     shapes = [list(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values]
     raise UnknownResultsError(
         f"random_masking of patches {list(x.shape)} returns {shapes}. Known are, in any order, the visible patches, "
-        "the mask, ids_restore and ids_keep, as MAE defines them, ids_restore among them: let yours return these, of "
-        "the patches (not images) that are its first argument"
+        "the mask, ids_restore and ids_keep, as MAE defines them, one of the last two among them: let yours return "
+        "these, of the patches (not images) that are its first argument"
     )
+
+
+def _is_index(value: Any, x: Tensor) -> bool:
+    """Whether a value may be ids_keep, as MONAI returns it without ids_restore."""
+    return isinstance(value, Tensor) and value.dtype == torch.int64 and value.ndim == 2 and len(value) == len(x)
+
+
+def _complete(kept: Tensor, number: int) -> Tensor:
+    """ids_shuffle: the patches that are kept, then the others."""
+    place = torch.arange(kept.shape[1], device=kept.device).expand_as(kept) - number
+    return kept.new_zeros(len(kept), number).scatter_(1, kept, place).argsort(dim=1, stable=True)
 
 
 def _recognise(value: Any, x: Tensor, ids_restore: Tensor) -> Result | None:

@@ -1,5 +1,6 @@
 """Reading every few patches only: the blocks of an encoder are given these, as an MAE's are given the visible ones."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_whole
-from ..grid import every
+from ..grid import Grid, every, times
 from .encoder import is_fatal
-from .patch_grid import Pair, patch_grid
+from .patch_grid import patch_grid
 from .trial import Done, attention_modules, blocks_of, trial_of
 
 
@@ -18,18 +19,18 @@ def check_stride(stride: Any) -> None:
     check_whole("stride", stride, 1, "how far apart the patches are that are read, 1 for all of them")
 
 
-def leaves_enough(grid: Pair, stride: int) -> bool:
+def leaves_enough(grid: Grid, stride: int) -> bool:
     """Whether two patches stay along each side that has as many."""
     return all(len(every(side, stride)) >= min(side, 2) for side in grid)
 
 
-def check_left(grid: Pair, stride: int) -> None:
+def check_left(grid: Grid, stride: int) -> None:
     """Raise a ValueError where too few patches are left."""
     if not leaves_enough(grid, stride):
-        left = " x ".join(str(len(every(side, stride))) for side in grid)
+        left = times([len(every(side, stride)) for side in grid])
         raise ValueError(
-            f"stride={stride} leaves {left} of {grid[0]} x {grid[1]} patches, where two must stay along each side that "
-            "has as many: pass stride=1, or larger images"
+            f"stride={stride} leaves {left} of {times(grid)} patches, where two must stay along each side that has as "
+            "many: pass stride=1, or larger images"
         )
 
 
@@ -46,10 +47,12 @@ def every_few_patches(model: nn.Module, images: Tensor, stride: int) -> Iterator
         return
     grid, seen = patch_grid(model, images), list[nn.Module]()
     check_left(grid, stride)
-    count, prefixes = grid[0] * grid[1], {0, *trial_of(model).prefixes}
-    sides = (every(side, stride) for side in grid)
-    rows, columns = (torch.arange(side.start, side.stop, stride, device=images.device) for side in sides)
-    kept = (rows[:, None] * grid[1] + columns).flatten()
+    count, prefixes = math.prod(grid), {0, *trial_of(model).prefixes}
+    kept = torch.zeros(1, dtype=torch.long, device=images.device)
+    for side in grid:
+        there = every(side, stride)
+        place = torch.arange(there.start, there.stop, stride, device=images.device)
+        kept = (kept[:, None] * side + place).flatten()
 
     def pick(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,5 +1,6 @@
 """Teachers: images to parts, by a slow copy of the model in training or by a pretrained model."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..checks import check_number, check_tensor, is_whole
-from ..grid import GridSize
+from ..grid import Grid, GridSize, check_grid, repeat_along, times
 from ..parts import PartHierarchy, parts_from_segmentation
 from ..parts.affinity import interpolate
 from ..precision import keep_dtype
@@ -89,8 +90,9 @@ class _Teacher(nn.Module):
 
         Args:
             images: what the model takes, or its `transform`: [B, C, height, width] in pixels.
-            grid_size: the side of a square patch grid, or (H, W), in patches, to bring the parts to as
-                `parts_from_segmentation` does; where None, they stay on the model's own grid.
+            grid_size: the side of a square patch grid, or (L,), (H, W), (T, H, W) or (D, H, W), in patches, to bring
+                the parts to as `parts_from_segmentation` does; where None, they stay on the model's own grid. Parts of
+                one picture of a clip are repeated in all T steps.
 
         Returns:
             parts [B, N] int64: labels 0..k-1 without gaps in each image, k at most the number of parts of this epoch.
@@ -101,9 +103,7 @@ class _Teacher(nn.Module):
         """
         affinity, how = self._read(images)
         parts: Tensor = self.partitioner(affinity, self.num_parts, **how) if len(affinity) else affinity[:, :, 0].long()
-        if grid_size is None or grid_size == how["grid_size"]:
-            return parts
-        return parts_from_segmentation(parts.unflatten(1, how["grid_size"]), grid_size)
+        return _to_grid(parts, how["grid_size"], grid_size, len(images))
 
     @torch.no_grad()
     def hierarchy(self, images: Tensor) -> PartHierarchy:
@@ -132,10 +132,11 @@ class _Teacher(nn.Module):
             stride = self.stride if self.must_stride or leaves_enough(grid, self.stride) else 1
             check_left(grid, stride)
             stride = stride if len(images) else 1  # nothing is read of an empty batch
-            how = {"grid_size": grid, **({"images": whole_patches(model, images)} if self.wants_images else {})}
+            how: dict[str, Any] = {"grid_size": grid}
+            how |= {"images": whole_patches(model, images)} if self.wants_images else {}
             how |= {"stride": stride} if self.knows_stride else {}
             if not len(images):
-                return images.new_zeros((0, grid[0] * grid[1], grid[0] * grid[1]), dtype=torch.float32), how
+                return images.new_zeros((0, math.prod(grid), math.prod(grid)), dtype=torch.float32), how
             try:
                 affinity = _affinity(model, images, dtypes, self.layers, stride)
                 return affinity if self.knows_stride else interpolate(affinity, grid, stride), how
@@ -303,6 +304,8 @@ class FrozenTeacher(_Teacher):
         stride: as for `PartTeacher`.
         transform: maps the images of the model that trains, of any shape [B, ...], to those that this model takes,
             [B, C, height, width], as by another size or normalisation. It shows the same section: no crops, no flips.
+            Of clips it may make a picture each, such as ``lambda clips: clips[:, :, 0]``, or one for each of the T
+            steps in time, [B * T, C, height, width], a clip after the other, each of which then has parts of its own.
 
     Examples:
         >>> import timm
@@ -341,11 +344,33 @@ class FrozenTeacher(_Teacher):
             if isinstance(module, nn.Module) and any(each.device != images.device for each in tensors_of(module)):
                 module.to(images.device)
         seen: Any = images if self.transform is None else self.transform(images)
-        if not isinstance(seen, Tensor) or len(seen) != len(images):
-            what = list(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__
-            must = f"for images of shape {list(images.shape)}, but must return [{len(images)}, C, height, width]"
+        is_tensor = isinstance(seen, Tensor)
+        if not is_tensor or (len(seen) % len(images) if len(images) else len(seen)) or (len(images) and not len(seen)):
+            what = list(seen.shape) if is_tensor else type(seen).__name__
+            must = f"for images of shape {list(images.shape)}, but must return [{len(images)}, C, height, width], or "
+            must += "a multiple of as many"
             raise ValueError(f"transform returned {what} {must}")
         return self.model, [tensor.dtype for tensor in tensors_of(self.model)], seen
+
+
+def _to_grid(parts: Tensor, own: Grid, grid_size: GridSize | None, batch_size: int) -> Tensor:
+    """Parts of as many images, on the grid of the model that made them, as those of another grid.
+
+    Of several pictures of each image, those of one frame after another, parts have numbers of their own.
+    """
+    pictures = len(parts) // max(batch_size, 1)
+    if pictures > 1:
+        first = torch.arange(pictures, device=parts.device) * (parts.shape[1] + 1)
+        parts = (parts.unflatten(0, (batch_size, pictures)) + first[:, None]).flatten(1)
+        own = (pictures, *own)
+    if grid_size is None or (grid := check_grid(grid_size)) == own:
+        return parts
+    if len(grid) == 1 + len(own):
+        return repeat_along(_to_grid(parts, own, grid[1:], batch_size), grid, 0)
+    if pictures > 1 and pictures != grid[0]:
+        each = f"transform made {pictures} pictures of each image, for {times(grid)} patches"
+        raise ValueError(f"{each}: let it make one for each of {grid[0]} steps in time, or one in all")
+    return parts_from_segmentation(parts.unflatten(1, own), grid)
 
 
 def _copy(model: nn.Module) -> nn.Module:

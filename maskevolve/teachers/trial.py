@@ -1,19 +1,19 @@
-"""The one trial of a model: a pass of three small pictures, before it is relied on, and what that tells."""
+"""The one trial of a model: a pass of a few small pictures, before it is relied on, and what that tells."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..grid import every
+from ..grid import Grid, every, times
 from .attention_mode import AttentionMode
 from .average import refuse_sharded, without_weights
 from .encoder import all_patches, encode, encoder_of, entry_of, image_size, is_fatal, read_lock, untouched
-from .patch_grid import Pair, PatchGridError, patch_embedding, patch_grid, patch_layout
+from .patch_grid import PatchGridError, channels_first, patch_embedding, patch_grid, patch_layout
 
 # An attention module is one that has its number of heads under one of these names.
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
@@ -85,27 +85,28 @@ def _try(model: nn.Module, images: Tensor | None) -> Trial:
     whole = {name: shape and (*shape[:-2], shape[-2] + hidden, shape[-1] + hidden) for name, shape in seen}
     tokens = given[0].shape[1] + hidden if given else None
     try:
-        rows, columns = patch_grid(model, pictures)
-        problem = _problem(model, pictures, (rows, columns), masked, masked if hidden else masked + given)
+        grid = patch_grid(model, pictures)
+        problem = _problem(model, pictures, grid, masked, masked if hidden else masked + given)
     except PatchGridError as error:
-        rows, columns, problem = 1, 1, str(error)
+        grid, problem = (1,), str(error)
     counts = [shape[-1] for shape in whole.values() if shape] + ([] if tokens is None else [tokens])
-    prefixes = {count - rows * columns for count in counts}
+    prefixes = {count - math.prod(grid) for count in counts}
     return Trial(len([*model.modules()]), tuple(pictures.shape), whole, tokens, prefixes, problem)
 
 
-def _problem(model: nn.Module, pictures: Tensor, grid: Pair, masked: list[Tensor], tokens: list[Tensor]) -> str:
+def _problem(model: nn.Module, pictures: Tensor, grid: Grid, masked: list[Tensor], tokens: list[Tensor]) -> str:
     """Why the patches that a model masks, or its tokens, are not those of the grid, row by row, if they are not."""
-    count = grid[0] * grid[1]
-    cut = f"should cut images of shape {list(pictures.shape)} into {grid[0]} x {grid[1]} patches"
+    count = math.prod(grid)
+    cut = f"should cut images of shape {list(pictures.shape)} into {times(grid)} patches"
     should = f"{type(model).__name__} {cut}, by its {type(patch_embedding(model)).__name__}, but"
     if masked and masked[0].shape[1] != count:
-        return f"{should} masks {masked[0].shape[1]} tokens: use a mask that needs no grid, such as RandomMask()"
+        other = "say grid_size=... where masks are applied, or use a mask that needs no grid, such as RandomMask()"
+        return f"{should} masks {masked[0].shape[1]} tokens: {other}"
     for seen in tokens:
         if len(seen) != len(pictures) or seen.shape[1] < count:
             continue  # windows of images, or fewer tokens: no teacher reads them
         change = (seen[1:, -count:].double() - seen[:1, -count:].double()).norm(dim=2).unflatten(1, grid)
-        for each in (change[0].T, change[1]):
+        for each in (change[place].movedim(-1 - place, 0) for place in range(len(grid))):
             third = (len(each) + 1) // 3  # without the middle, to which convolutions carry what changed
             # Twice, for norms of whole images carry it everywhere: a seventh of it at most in models of timm.
             if third and bool(each[:third].mean() < 2 * each[-third:].mean()):
@@ -118,7 +119,7 @@ def _problem(model: nn.Module, pictures: Tensor, grid: Pair, masked: list[Tensor
 
 
 def _try_pictures(model: nn.Module, run: Callable[[Tensor], T], images: Tensor | None = None) -> tuple[Tensor, T]:
-    """The first pictures, [3, C, height, width], with which `run` goes through the model, and what it returned."""
+    """The first pictures with which `run` goes through the model, and what it returned."""
     tried: dict[str, Exception] = {}
     with read_lock, untouched(model):
         for pictures in _pictures(model, images):
@@ -140,40 +141,74 @@ def _try_pictures(model: nn.Module, run: Callable[[Tensor], T], images: Tensor |
 
 
 def _pictures(model: nn.Module, images: Tensor | None) -> Iterator[Tensor]:
-    """Pictures to try: noise, with another left half, and upper half; as `images`, as the model's own, as is likely."""
+    """Pictures to try: noise, then with another left half, upper half, first half; as `images`, as the model's own, as
+    is likely.
+    """
     embed = patch_embedding(model)
     modules = [*([] if embed is None else embed.modules()), model]
     owners = (*modules, getattr(model, "config", None))
     numbers = (getattr(owner, name, None) for owner in owners for name in ("in_channels", "in_chans", "num_channels"))
-    channels = next((number for number in numbers if isinstance(number, int)), 3)
-    frames = [(1,), ()] if any(isinstance(module, nn.Conv3d) for module in modules) else [()]
-    size = image_size(model)
+    known = next(([number] for number in numbers if isinstance(number, int)), [3, 1])
     shapes = [] if images is None else [tuple(images.shape[1:])]
-    shapes += [(channels, *frame, *each) for each in ([size] if size else _likely_sizes(model)) for frame in frames]
+    shapes += [shape for channels in known for shape in _likely_shapes(model, channels, owners)]
     weights = (weight for owner in modules for weight in owner.parameters() if weight.is_floating_point())
     weight = next(weights, torch.empty(()))
     for shape in dict.fromkeys(shapes):
-        pictures = torch.rand(3, *shape, device=weight.device).to(weight.dtype)
-        pictures[1, ..., shape[-1] // 2 :] = pictures[0, ..., shape[-1] // 2 :]
-        pictures[2, ..., shape[-2] // 2 :, :] = pictures[0, ..., shape[-2] // 2 :, :]
+        axes = 2
+        with suppress(ValueError):
+            axes = channels_first(model, torch.empty(0, *shape)).ndim - 2
+        pictures = torch.rand(1 + axes, *shape, device=weight.device).to(weight.dtype)
+        with suppress(ValueError):
+            _halve(channels_first(model, pictures))
         yield pictures
+
+
+def _halve(pictures: Tensor) -> None:
+    """Give each picture the second half of the first one, along one axis after the other, the last axis first."""
+    for place in range(1, len(pictures)):
+        half = pictures.shape[-place] // 2
+        there = slice(half, None)
+        pictures[place].movedim(-place, 0)[there] = pictures[0].movedim(-place, 0)[there]
+
+
+def _likely_shapes(model: nn.Module, channels: int, owners: Sequence[Any]) -> list[Shape]:
+    """Of the pictures, clips, volumes or series that a model may be made for, without the batch."""
+    size, kernel = image_size(model), Grid((16, 16))
+    with suppress(PatchGridError):
+        kernel = patch_layout(model).kernel
+    sizes = [size] if size else _likely_sizes(model)
+    if len(kernel) == 1:
+        return [(channels, each[0]) for each in sizes]
+    if len(kernel) == 2 or (size and len(size) == 3):
+        return [(channels, *each) for each in sizes]
+    counts = (getattr(owner, name, None) for owner in owners for name in ("num_frames", "frames"))
+    own = [count for count in counts if isinstance(count, int)][:1]
+    frames = [(channels, *frame, *each) for each in sizes for frame in ((1,), ()) if kernel[0] == 1]
+    known, likely = ([(channels, count, *each) for each in sizes for count in some] for some in (own, [4 * kernel[0]]))
+    cubes = [(channels, *each, each[-1]) for each in sizes]
+    first_frames = [(count, number, *each) for number, count, *each in known + likely]
+    return [*known, *first_frames[: len(known)], *frames, *likely, *cubes, *first_frames[len(known) :]]
 
 
 def _likely_sizes(model: nn.Module) -> list[Shape]:
     """What a model may be made for, as its position embeddings, [1, tokens, width], tell; and others."""
-    kernel = stride = (16, 16)
+    kernel = stride = Grid((16, 16))
     with suppress(PatchGridError):
         kernel, stride, *_ = patch_layout(model)
     tables = [each.shape[1] for each in (*model.parameters(), *model.buffers()) if each.ndim == 3 and len(each) == 1]
-    sides = [*sorted({math.isqrt(count) for count in tables if count > 3}, reverse=True), 4]
-    return [*(tuple((side - 1) * stride[axis] + kernel[axis] for axis in (0, 1)) for side in sides), (224, 224)]
+    if len(kernel) == 1:  # of a series, they have a place for each patch, and for tokens before these
+        sides = sorted({count - prefix for count in tables for prefix in (0, 1) if count > 3}, reverse=True)
+    else:
+        sides = sorted({math.isqrt(count) for count in tables if count > 3}, reverse=True)
+    last = [*zip(stride, kernel, strict=True)][-2:]
+    return [*(tuple((side - 1) * step + reach for step, reach in last) for side in [*sides, 4]), (224, 224)]
 
 
 def prefix_length(model: nn.Module, images: Tensor, tokens: int, stride: int = 1) -> int:
     """How many of the tokens of images (class, register, ...) come before the patches, where that can be told."""
-    (height, width), trial = (len(every(side, stride)) for side in patch_grid(model, images)), trial_of(model, images)
-    prefix, attends = tokens - height * width, f"{type(model).__name__} attends over {tokens} tokens"
-    patches = f"{height} x {width} patches of images of shape {list(images.shape)}"
+    grid, trial = [len(every(side, stride)) for side in patch_grid(model, images)], trial_of(model, images)
+    prefix, attends = tokens - math.prod(grid), f"{type(model).__name__} attends over {tokens} tokens"
+    patches = f"{times(grid)} patches of images of shape {list(images.shape)}"
     if trial.problem:
         raise ValueError(trial.problem)
     if prefix < 0:
