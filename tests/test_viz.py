@@ -1,5 +1,6 @@
 """Pictures: what is grey, what is outlined, how many panels there are."""
 
+import re
 import warnings
 from itertools import pairwise
 
@@ -192,3 +193,166 @@ def test_labels_are_integers_and_masks_0_or_1():
         assert np.array_equal(mask_picture(image, same), mask_picture(image, mask))
     for same in (parts.int().numpy(), parts.float()):
         assert np.array_equal(part_picture(image, same), part_picture(image, parts))
+
+
+def _split(row, steps):
+    """The frames of a picture of a clip, and whether the gaps between them are white."""
+    width = (row.shape[1] + 2) // steps - 2
+    frames = [row[:, start : start + width] for start in range(0, row.shape[1], width + 2)]
+    gaps = [row[:, start - 2 : start] for start in range(width + 2, row.shape[1], width + 2)]
+    assert len(frames) == steps
+    assert all((gap == 1).all() for gap in gaps)
+    return frames
+
+
+@pytest.mark.parametrize("each", [1, 2, 5])
+@pytest.mark.parametrize("grid", [(1, 2, 3), (2, 3, 2), (3, 1, 4), (4, 2, 2)])
+def test_a_frame_of_a_clip_is_the_picture_of_its_middle_image(grid, each):
+    clip = torch.rand(3, grid[0] * each, 20, 26)
+    middle = clip[:, each // 2 :: each].unbind(1)
+    for values in (torch.randint(2, grid).flatten(), torch.zeros(grid).flatten(), torch.ones(grid).flatten()):
+        for draw in (mask_picture, part_picture):
+            row = draw(clip, values, grid)
+            assert row.dtype == np.float32
+            steps = values.view(grid[0], -1)
+            for frame, image, step in zip(_split(row, grid[0]), middle, steps, strict=True):
+                assert np.array_equal(frame, draw(image, step, grid[1:]))
+
+
+def test_a_removed_patch_is_grey_in_its_frame_and_place_alone():
+    clip, mask = torch.rand(3, 4, 16, 24), torch.zeros(2, 2, 3)
+    mask[1, 0, 2] = 1
+    first, second = _split(mask_picture(clip, mask.flatten(), (2, 2, 3)), 2)
+    assert np.array_equal(first, clip[:, 1].permute(1, 2, 0).numpy())
+    grey = (second == GREY).all(-1)
+    assert grey[:8, 16:].all()
+    assert grey.sum() == 8 * 8
+
+
+@pytest.mark.parametrize("count", [2, 20, 60])
+def test_a_part_has_one_colour_in_all_frames_and_neighbours_differ(count):
+    grid = (4, 6, 5)
+    parts = torch.randint(count, (grid[0] * grid[1] * grid[2],), generator=torch.Generator().manual_seed(0))
+    row = part_picture(torch.full((4, 6, 5), 0.5), parts, grid, colours=True)
+    colours, parts = np.stack(_split(row, 4)), parts.view(grid).numpy()
+    for part in np.unique(parts):
+        assert (colours[parts == part] == colours[parts == part][0]).all()
+    for axis in range(3 if count <= 20 else 0):
+        lines, labels = np.moveaxis(colours, axis, 0), np.moveaxis(parts, axis, 0)
+        border = labels[1:] != labels[:-1]
+        assert np.linalg.norm(lines[1:] - lines[:-1], axis=-1)[border].min() > 0.15
+
+
+@pytest.mark.parametrize("colours", [False, True])
+def test_clips_and_volumes_of_all_kinds_are_shown_alike(colours):
+    clip, parts, grid = torch.randint(256, (3, 4, 16, 24), dtype=torch.uint8), torch.arange(12) // 2, (2, 2, 3)
+    last, before = clip.permute(1, 2, 3, 0), clip.clone()
+    expected = part_picture(clip, parts, grid, colours=colours)
+    for other in (last, last.numpy(), clip.numpy(), last.numpy() / 255, clip.bfloat16() / 255):
+        assert np.allclose(part_picture(other, parts.numpy(), list(grid), colours=colours), expected, atol=0.01)
+    assert torch.equal(clip, before), "nothing is written into what was given"
+    volume = torch.rand(4, 16, 24)
+    expected = part_picture(volume.expand(3, -1, -1, -1), parts, grid, colours=colours)
+    for other in (volume, volume[None], volume.numpy(), volume[..., None].numpy()):
+        assert np.array_equal(part_picture(other, parts, grid, colours=colours), expected)
+    blue = np.ptp(mask_picture(volume, parts == 0, grid), axis=2) > 0.2
+    assert blue.sum() == blue[:8, :16].sum() == 8 * 16, "without colour, removed patches are blue"
+
+
+@pytest.mark.parametrize("patches", [1, 2, 7, 40, 600])
+@pytest.mark.parametrize("length", [40, 512, 4000])
+def test_the_patches_of_a_series_are_bands_of_equal_width(patches, length):
+    series, mask = torch.randn(2, length), torch.arange(patches) % 3 == 1
+    series[:, 0] = torch.tensor([40.0, -40.0])  # the mean over channels is drawn
+    whole, seen = (mask_picture(series, values, (patches,)) for values in (mask & False, mask))
+    assert whole.shape == seen.shape == (64, whole.shape[1], 3)
+    removed = mask.numpy().repeat(whole.shape[1] // patches)
+    assert np.array_equal(seen, np.where(removed[:, None], GREY, whole))
+    dark = (whole < 0.5).any(-1)
+    assert dark.any(0).all(), "the wave has no holes"
+    values = series.mean(0).numpy()
+    place = int((values.argmax() + 0.5) * whole.shape[1] / length)
+    assert dark.argmax(0)[max(place - 1, 0) : place + 2].min() == dark.argmax(0).min(), (
+        "the greatest value is the highest"
+    )
+    parts = torch.arange(patches) // 2
+    lines = (part_picture(series, parts, (patches,)) != whole).any(-1)
+    width = whole.shape[1] // patches
+    assert lines.any(0).nonzero()[0].tolist() == list(range(2 * width, whole.shape[1], 2 * width))
+    assert lines[:, lines.any(0)].all(), "from top to bottom"
+
+
+def test_bands_of_a_series_are_coloured_by_part():
+    parts = torch.tensor([0, 1, 0, 2])
+    picture = part_picture(torch.zeros(100), parts, (4,), colours=True)
+    bands = picture[0, 64::128]
+    same = (bands[:, None] == bands).all(-1)
+    assert np.array_equal(same, (parts[:, None] == parts).numpy())
+
+
+def test_series_of_any_values_are_drawn_and_a_gap_where_they_are_not_finite():
+    series, zeros = torch.randn(512), torch.zeros(4)
+    expected = mask_picture(series, zeros, (4,))
+    for same in (series[None], series.expand(12, -1), series.numpy(), series * 1024 - 256, series.double()):
+        assert np.array_equal(mask_picture(same, zeros, (4,)), expected)
+    flat = mask_picture(torch.full((512,), 7, dtype=torch.uint8), zeros, (4,))
+    assert (flat[32] < 0.5).all()
+    assert (flat != 1).any(-1).sum() == 512, "one line, in the middle"
+    for value in (torch.nan, torch.inf):
+        series[200:300] = value
+        white = (mask_picture(series, zeros, (4,)) == 1).all((0, 2))
+        assert white[201:299].all()
+        assert white.sum() <= 100
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid"),
+    [
+        ((3, 8, 16, 16), None),
+        ((3, 8, 16, 16), (2, 4)),
+        ((3, 8, 16, 16), (8,)),
+        ((3, 7, 16, 16), (2, 2, 2)),
+        ((2, 8, 16, 16), (2, 2, 2)),
+        ((1, 3, 8, 16, 16), (2, 2, 2)),
+        ((16, 16), (2, 2, 2)),
+        ((16, 16, 3), (2, 2, 2)),
+        ((0, 16, 16), (2, 2, 2)),
+        ((100,), (2, 4)),
+        ((100,), None),
+        ((3, 16, 16), (8,)),
+        ((0,), (8,)),
+    ],
+)
+def test_a_picture_and_a_grid_that_do_not_fit_are_repeated(shape, grid):
+    image, values = torch.zeros(shape), torch.zeros(8, dtype=torch.long)
+    message = re.escape(f"image has shape {list(shape)}, which does not fit grid_size={grid}")
+    for draw in (mask_picture, part_picture):
+        with pytest.raises(ValueError, match=message):
+            draw(image, values, grid)
+    with pytest.raises(ValueError, match=message):
+        evolution_figure([image], [values[None]], [None], ["a"], grid)
+    with pytest.raises(ValueError, match=re.escape("[16, 16, 3], which does not fit grid_size=(2, 2, 2)")):
+        mask_picture(Image.new("RGB", (16, 16)), values, (2, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("images", "grid"), [(torch.rand(2, 3, 8, 32, 32), (4, 2, 2)), (torch.randn(2, 1, 4000), (16,))]
+)
+def test_columns_of_a_figure_are_as_wide_as_clips_and_series_need(images, grid):
+    parts = torch.arange(16).expand(2, -1) // 4
+    figure = evolution_figure(images, [parts > 1] * 2, [None, parts], ["a", "b"], grid)
+    figure.draw_without_rendering()
+    shown = [ax for ax in figure.axes if ax.images]
+    assert len(shown) == 2 * (1 + 1 + 2)
+    for ax in shown:
+        height, width = ax.images[0].get_array().shape[:2]
+        box = ax.get_window_extent()
+        assert box.width / box.height == pytest.approx(width / height, rel=0.01)
+        assert box.height > 0.7 * figure.dpi, "high enough to see something"
+    for index, ax in ((0, 4), (1, 10)):
+        assert np.array_equal(
+            figure.axes[ax + 1].images[0].get_array(), mask_picture(images[index], parts[index] > 1, grid)
+        )
+        assert np.array_equal(
+            figure.axes[ax - 2].images[0].get_array(), part_picture(images[index], parts[index], grid)
+        )
