@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch.utils.benchmark import Timer, timer
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("maskevolve", "torch", "triton", "numpy", "PyMaxflow", "timm", "transformers", "lightly")
+PACKAGES = ("maskevolve", "torch", "triton", "numpy", "scipy", "PyMaxflow", "timm", "transformers", "lightly")
 ROUNDS = 5
 SECONDS = 0.03  # that one function runs in one round, at least
 IN_A_ROW = 3  # calls of a function on a GPU, where no more fit into that
@@ -30,6 +30,13 @@ Row = dict[str, Any]
 def parse_args(description: str) -> argparse.Namespace:
     """`--device`, the one flag that all have."""
     return make_parser(description).parse_args()
+
+
+def parse_quick(description: str) -> argparse.Namespace:
+    """`--device`, and `--quick`."""
+    parser = make_parser(description)
+    parser.add_argument("--quick", action="store_true", help="the smallest cases: prints them and writes no file")
+    return parser.parse_args()
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

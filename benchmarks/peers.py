@@ -14,15 +14,42 @@ MASK_RATIO = 0.75
 
 
 def mae_random_masking(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The steps of the official MAE: two argsorts, a gather with a repeated index, a mask that is gathered back."""
+    """The steps of the official MAE, which are those of its successor for video."""
+    return mae_st_random_masking(x, MASK_RATIO)[:3]
+
+
+def mae_st_random_masking(x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The steps of mae_st: two argsorts, a gather with a repeated index, a mask that is gathered back."""
     batch_size, num_patches, width = x.shape
-    keep = int(num_patches * (1 - MASK_RATIO))
+    keep = int(num_patches * (1 - mask_ratio))
     order = torch.rand(batch_size, num_patches, device=x.device).argsort(dim=1)
-    restore = order.argsort(dim=1)
-    visible = x.gather(1, order[:, :keep].unsqueeze(2).repeat(1, 1, width))
+    restore, kept = order.argsort(dim=1), order[:, :keep]
+    visible = x.gather(1, kept.unsqueeze(2).repeat(1, 1, width))
     mask = torch.ones(batch_size, num_patches, device=x.device)
     mask[:, :keep] = 0
-    return visible, mask.gather(1, restore), restore
+    return visible, mask.gather(1, restore), restore, kept
+
+
+def videomae_tubes(batch_size: int, grid: tuple[int, int, int], mask_ratio: float) -> Tensor:
+    """The steps of the official VideoMAE, in NumPy, a clip after the other; then the batch as bool, [B, N].
+
+    One frame of zeros and ones is shuffled and repeated. Source:
+    https://github.com/MCG-NJU/VideoMAE/blob/main/masking_generator.py
+    """
+    frames, patches = grid[0], grid[1] * grid[2]
+    removed = int(mask_ratio * patches)
+    clips = []
+    for _ in range(batch_size):
+        frame = np.hstack([np.zeros(patches - removed), np.ones(removed)])
+        np.random.shuffle(frame)  # noqa: NPY002 (what it shuffles with)
+        clips.append(torch.from_numpy(np.tile(frame, (frames, 1)).ravel()))
+    return torch.stack(clips).bool()
+
+
+def videomae_take_visible(x: Tensor, grid: tuple[int, int, int], mask_ratio: float) -> Tensor:
+    """Those masks, and what they leave, by an index of bool, as VideoMAE's encoder takes it."""
+    mask = videomae_tubes(len(x), grid, mask_ratio).to(x.device)
+    return x[~mask].reshape(len(x), -1, x.shape[2])
 
 
 def bare_gather(x: Tensor) -> Callable[[Tensor], Tensor]:

@@ -34,10 +34,22 @@ def planted_attention(
         labels [B, N] int64 and attention [B, heads, N, N] float32, each row a softmax.
     """
     rng = np.random.default_rng(seed)
-    points = np.stack(np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij"), -1)
-    centres = rng.random((batch_size, num_parts, 2))
-    distance = np.square(points.reshape(1, -1, 1, 2) - centres[:, None]).sum(-1)
-    labels = torch.from_numpy(distance.argmin(-1))
+    labels = planted_parts(batch_size, (height, width), num_parts, rng)
+    return labels, attention_between(labels, rng, strength=strength, noise=noise, heads=heads)
+
+
+def planted_parts(batch_size: int, grid: tuple[int, ...], num_parts: int, rng: np.random.Generator) -> Tensor:
+    """Labels [B, N] of the patches of a grid of any number of axes: to which of the centres each is nearest."""
+    sides = np.meshgrid(*(np.arange(side) / side for side in grid), indexing="ij")
+    centres = rng.random((batch_size, num_parts, len(grid)))
+    distance = np.square(np.stack(sides, -1).reshape(1, -1, 1, len(grid)) - centres[:, None]).sum(-1)
+    return torch.from_numpy(distance.argmin(-1))
+
+
+def attention_between(
+    labels: Tensor, rng: np.random.Generator, *, strength: float, noise: float, heads: int = 1
+) -> Tensor:
+    """Attention [B, heads, N, N] of patches with these labels [B, N]."""
     logits = strength * (labels[:, :, None] == labels[:, None]).float()[:, None]
-    logits = logits + noise * torch.from_numpy(rng.standard_normal((batch_size, heads, *logits.shape[2:]))).float()
-    return labels, logits.softmax(-1)
+    shape = (len(labels), heads, *logits.shape[2:])
+    return (logits + noise * torch.from_numpy(rng.standard_normal(shape)).float()).softmax(-1)
