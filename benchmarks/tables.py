@@ -1,4 +1,4 @@
-"""Write the tables of docs/costs.md, and the figures of the README, from the files in results/.
+"""Write the tables of the pages, and the figures of the README, from the files in results/.
 
 python benchmarks/tables.py
 """
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 HOME = Path(__file__).parents[1]
-PAGES = [HOME / "README.md", HOME / "docs/costs.md", HOME / "docs/results.md", HOME / "benchmarks/results/README.md"]
+PAGES = [HOME / "README.md", *(HOME / f"docs/{page}.md" for page in ("costs", "parts", "results"))]
+PAGES.append(HOME / "benchmarks/results/README.md")
 RESULTS = Path(__file__).parent / "results"
 GPU = "nvidia-h200"
 TRAINED = ("vit_small_patch14_dinov2",)
 MODELS = {"small MAE": "small MAE", TRAINED[0]: "ViT-S", "no model": ""}
+NO_FILE = "Not measured yet."
 NOT_MEASURED = "No GPU was at hand: these figures are still to be measured on one."
 
 
@@ -25,7 +27,10 @@ def render(text: str) -> str:
     """A page with each table between its two markers made anew."""
     tables = {
         "masks": masks,
+        "clips": clips,
         "partition": partition,
+        "volumes": partial(partition, "volumes"),
+        "moving_shapes": moving_shapes,
         "compiled": compiled,
         "step": step,
         "teachers": teachers,
@@ -55,7 +60,17 @@ def masks() -> str:
     return by_machine("mask_throughput", cells)
 
 
-def partition() -> str:
+def clips() -> str:
+    """The largest batch: the masks alone, forward, and forward and backward."""
+
+    def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
+        most = max(row["batch"] for row in rows)
+        return {(row["name"], f"{row['pass']}, {most} clips"): _ratio(row) for row in rows if row["batch"] == most}
+
+    return by_machine("clips", cells)
+
+
+def partition(name: str = "partition") -> str:
     """A row for each grid, batch and number of parts: with pictures first, then without."""
 
     def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
@@ -72,7 +87,7 @@ def partition() -> str:
         }
         return {(label(row), row["name"]): _ratio(row) for row in rows} | peak
 
-    return by_machine("partition", cells)
+    return by_machine(name, cells)
 
 
 def compiled() -> str:
@@ -133,6 +148,20 @@ def parts() -> str:
         return found
 
     return by_machine("part_quality", cells, timed=False)
+
+
+def moving_shapes() -> str:
+    """The index of planted shapes within frames and over the clip, with its standard error, by how fast they move."""
+
+    def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
+        found = {}
+        for row in rows:
+            label = row["name"] + (", no pictures" if row["pictures"] is False else "")
+            for measure, column in {"within": "within frames", "over": "over the clip"}.items():
+                found[label, f"{row['motion']}, {column}"] = f"{row[measure]:.3f} ± {row[f'{measure}_error']:.3f}"
+        return found
+
+    return by_machine("moving_shapes", cells, timed=False)
 
 
 def numbers() -> str:
@@ -216,6 +245,8 @@ def by_machine(
 ) -> str:
     """A table for each machine that has results, and a word on those that are missing where machines differ."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
+    if not results:
+        return NO_FILE
     blocks = []
     for result in results:
         found = cells(result[rows])

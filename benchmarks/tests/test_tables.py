@@ -40,3 +40,38 @@ def test_parts_have_a_row_for_each_case_with_pictures_and_without(save):
 def test_without_a_gpu_the_memory_is_that_of_the_default_on_a_cpu(save):
     save("partition", [cut("graph cut, scipy", 0.5), cut("graph cut, pymaxflow", 0.5), cut("EM")])
     assert tables.partition().splitlines()[0].endswith("| peak memory, pymaxflow |")
+
+
+def test_volumes_have_the_columns_of_parts(save):
+    more = {"grid": "8 x 14 x 14, by tubes", "pictures": True}
+    save("volumes", [{**cut("graph cut, pymaxflow", 0.5, 0.25), **more}, {**cut("EM"), **more}])
+    assert tables.partition("volumes").splitlines()[2:] == [
+        "| 8 x 14 x 14, by tubes, 1 image, 10 parts | 0.50 (0.25 to 0.75) | 1, 3 ms | 8 MiB |"
+    ]
+
+
+def test_masks_of_clips_have_a_column_for_each_pass_of_the_largest_batch(save):
+    rows = [{**cut("RandomMask", 0.5, 0.25), "batch": batch, "pass": "forward"} for batch in (8, 32)]
+    save("clips", [*rows, {**cut("RandomMask"), "batch": 32, "pass": "mask alone"}])
+    assert tables.clips().splitlines() == [
+        "| Here | forward, 32 clips | mask alone, 32 clips |",
+        "| --- | ---: | ---: |",
+        "| RandomMask | 0.50 (0.25 to 0.75) | 1, 3 ms |",
+    ]
+
+
+def test_moving_shapes_have_both_indices_of_each_motion(save):
+    scores = {"within": 0.5, "within_error": 0.25, "over": 0.125, "over_error": 0.0625}
+    cases = [("slow", True), ("fast", True), ("slow", False), ("slow", None)]
+    save("moving_shapes", [{"name": "cut", "motion": motion, "pictures": given, **scores} for motion, given in cases])
+    both = "0.500 ± 0.250 | 0.125 ± 0.062"
+    assert tables.moving_shapes().splitlines() == [
+        "| Here | slow, within frames | slow, over the clip | fast, within frames | fast, over the clip |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        f"| cut | {both} | {both} |",
+        f"| cut, no pictures | {both} |  |  |",
+    ]
+
+
+def test_a_table_without_a_file_says_so(save):
+    assert tables.render("<!-- clips -->\n<!-- end -->") == f"<!-- clips -->\n{tables.NO_FILE}\n<!-- end -->"
