@@ -21,7 +21,7 @@ from mask_throughput import forward, forward_and_backward
 from torch import Tensor
 from tqdm import tqdm
 
-from maskevolve import BlockMask, EvolvingMask, GridMask, PartMask, RandomMask, TubeMask
+from maskevolve import BlockMask, EvolvingMask, GridMask, MaskGenerator, PartMask, RandomMask, TubeMask
 from maskevolve.masks.base import Masking
 
 GRID = (8, 14, 14)
@@ -30,6 +30,7 @@ WIDTH = 384
 BATCHES = {"cpu": (8, 32), "cuda": (32, 128)}
 MAE = "mae_st random_masking"
 VIDEOMAE = "VideoMAE tubes in NumPy"
+ONE_BY_ONE = "MaskGenerator of RandomMask tubes"
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -54,6 +55,8 @@ def alone(x: Tensor) -> Calls:
         return lambda: mask.sample(batch, GRID, MASK_RATIO, device=device, **how)
 
     calls = {name: draw(mask) for name, mask in masks(device.type).items()}
+    generator = MaskGenerator(TubeMask(RandomMask()), GRID, MASK_RATIO)
+    calls[ONE_BY_ONE] = lambda: torch.stack([torch.from_numpy(generator()) for _ in range(batch)]).to(device)
     return calls | {VIDEOMAE: lambda: peers.videomae_tubes(batch, GRID, MASK_RATIO).to(device)}
 
 
