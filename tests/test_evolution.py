@@ -118,8 +118,9 @@ class TestPartsFromAnywhere:
         evolution.see(parts=torch.zeros(40, 48, dtype=torch.long))
         with pytest.raises(ValueError, match=r"\[40, 48\], but 3 .*labels\[None\]"):
             model(images)
+        evolution.see(parts=torch.zeros(3, 1, 64, 64, dtype=torch.long))
         with pytest.raises(ValueError, match=r"parts has shape \[3, 1, 64, 64\].*labels\[:, 0\]"):
-            evolution.see(parts=torch.zeros(3, 1, 64, 64, dtype=torch.long))
+            model(images)
         evolution.see(parts=random_parts(3))
         model(images)
 

@@ -338,8 +338,11 @@ def test_labels_of_patches_in_one_or_three_dimensions():
     evolution.see(parts=parts)
     mask = model(torch.randn(2, 3, 4, 64, 64))
     assert mask.view(2, 8, 16).sum(2).unique().tolist() == [0, 16], "whole parts"
+    evolution.see(parts=parts.view(2, 2, 8, 8).repeat_interleave(3, 3))
+    assert torch.equal(model(torch.randn(2, 3, 4, 64, 64)), evolution.last_mask)
+    assert torch.equal(evolution.last_parts, parts)
     evolution.see(parts=parts.view(2, 8, 16))
-    with pytest.raises(ValueError, match=r"\[B, 128\]"):
+    with pytest.raises(ValueError, match=r"\[2, 8, 16\].*along 3 axes"):
         model(torch.randn(2, 3, 4, 64, 64))
 
 

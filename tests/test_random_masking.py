@@ -163,5 +163,5 @@ def test_any_order_is_recognised(names, ratio):
 
 
 def test_two_that_cannot_be_told_apart_are_refused():
-    with pytest.raises(TypeError, match="ids_restore among them"):
+    with pytest.raises(TypeError, match="ids_restore or ids_keep among them"):
         learn_results(lambda: returning("ids_shuffle", "ids_restore")(X, 0.5), X)

@@ -12,7 +12,7 @@ from ..checks import check_whole
 from ..grid import Grid, GridSize, check_grid, resolve_grid
 from . import functional as F
 from .functional import MaskedPatches
-from .mask_ratio import num_visible, num_visible_each
+from .mask_ratio import num_visible
 
 
 class Masking(nn.Module):
@@ -104,8 +104,8 @@ class Masking(nn.Module):
         """The mask alone, [B, N] bool, True is removed: what BEiT and SimMIM take as `bool_masked_pos`.
 
         Of `batch_size` images B with a patch grid of `grid_size`, as of `Masking`, drawn on `device`: on that of
-        `parts`, else on torch's default one, where None. With a tensor [B], each image has a mask ratio of its own.
-        Other arguments, draws and errors are those of `forward`.
+        `parts`, else on torch's default one, where None. With a tensor [B], each image has a mask ratio of its own; it
+        is read by the host. Other arguments, draws and errors are those of `forward`.
 
         Examples:
             >>> from maskevolve import GridMask
@@ -118,14 +118,13 @@ class Masking(nn.Module):
         device, grid = getattr(parts, "device", None) if device is None else device, check_grid(grid_size)
         how: Any = {"parts": parts, "generator": generator, "grid_size": grid}
         patches = torch.empty(batch_size, math.prod(grid), 1, device=device)  # stand in for tokens
-        if not isinstance(mask_ratio, Tensor) or not mask_ratio.ndim:
+        if not isinstance(mask_ratio, Tensor) or mask_ratio.ndim != 1:
             return self.forward(patches, cast(Any, mask_ratio), keep=keep, **how).mask > 0
         if keep is not None or len(mask_ratio) != batch_size:
             given = f"mask_ratio has shape {list(mask_ratio.shape)} for {batch_size} images, and keep={keep!r}"
             raise ValueError(f"{given}: give one ratio for each image, or keep")
-        each = self.num_visible(grid, mask_ratio).to(patches.device)
-        order = self.forward(patches, keep=math.prod(grid), **how).ids_restore
-        return cast(Tensor, order >= each[:, None])
+        each = torch.tensor([[self.num_visible(grid, ratio)] for ratio in mask_ratio.tolist()], device=patches.device)
+        return self.forward(patches, keep=math.prod(grid), **how).ids_restore >= each
 
     def scores(
         self,
@@ -144,10 +143,8 @@ class Masking(nn.Module):
         device = getattr(parts, "device", None) if device is None else device
         return self.unit_draw(batch_size, check_grid(grid_size), parts, device=device, generator=generator)
 
-    def num_visible(self, grid: Grid, mask_ratio: Any = 0.75, keep: int | None = None) -> Any:
-        """How many patches of a grid stay, see `num_visible`; [B] int64 for mask ratios [B]."""
-        if isinstance(mask_ratio, Tensor) and mask_ratio.ndim and keep is None:
-            return num_visible_each(math.prod(grid), mask_ratio)
+    def num_visible(self, grid: Grid, mask_ratio: float = 0.75, keep: int | None = None) -> int:
+        """How many patches of a grid stay, see `num_visible`."""
         return num_visible(math.prod(grid), mask_ratio, keep)
 
     def checked_draw(self, batch_size: int, grid: Grid, parts: Tensor | None, **source: Any) -> Tensor:

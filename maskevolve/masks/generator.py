@@ -35,7 +35,7 @@ class MaskGenerator:
     def __init__(self, masking: Masking, grid_size: GridSize, mask_ratio: float = 0.75) -> None:
         check_masking(masking)
         self.masking, self.grid_size, self.mask_ratio = masking, check_grid(grid_size), mask_ratio
-        self.keep = int(masking.num_visible(self.grid_size, mask_ratio))
+        self.keep = masking.num_visible(self.grid_size, mask_ratio)
         self._epoch = torch.full((), math.nan, dtype=torch.float64).share_memory_()  # which processes of a loader see
         self._own_epoch = math.nan
 

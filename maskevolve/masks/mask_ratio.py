@@ -1,8 +1,5 @@
 """How many patches a mask ratio leaves."""
 
-import torch
-from torch import Tensor
-
 from ..checks import is_number, is_whole
 
 
@@ -38,22 +35,3 @@ def num_visible(num_patches: int, mask_ratio: float = 0.75, keep: int | None = N
         most = next(step / 1e4 for step in range(10**4, -1, -1) if int(num_patches * (1 - step / 1e4)) or not step)
         raise ValueError(f"mask_ratio={mask_ratio} leaves no visible patch of N={num_patches}: pass one in [0, {most}]")
     return visible
-
-
-def num_visible_each(num_patches: int, mask_ratios: Tensor) -> Tensor:
-    """How many patches of each image stay, [B] int64, where each image has a mask ratio of its own, [B] floats.
-
-    Raises:
-        ValueError: where they are no such tensor or, which only the CPU checks, as `num_visible`.
-
-    Examples:
-        >>> num_visible_each(196, torch.tensor([0.0, 0.5, 0.75]))
-        tensor([196,  98,  49])
-    """
-    if mask_ratios.ndim != 1 or not mask_ratios.is_floating_point():
-        found = f"mask_ratio has shape {list(mask_ratios.shape)}, {mask_ratios.dtype}"
-        raise ValueError(f"{found}, but must be one number in [0, 1), or floats [B], one for each image")
-    if mask_ratios.device.type == "cpu" and not torch.compiler.is_compiling():
-        for ratio in mask_ratios.tolist():
-            num_visible(num_patches, ratio)
-    return (num_patches * (1 - mask_ratios.double())).long()

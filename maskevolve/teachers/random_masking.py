@@ -94,8 +94,8 @@ def learn_results(call: Callable[[], Any], x: Tensor) -> tuple[Result, ...]:
     shapes = [list(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values]
     raise UnknownResultsError(
         f"random_masking of patches {list(x.shape)} returns {shapes}. Known are, in any order, the visible patches, "
-        "the mask, ids_restore and ids_keep, as MAE defines them, one of the last two among them: let yours return "
-        "these, of the patches (not images) that are its first argument"
+        "the mask, ids_restore and ids_keep, as MAE defines them, ids_restore or ids_keep among them: let yours "
+        "return these, of the patches (not images) that are its first argument"
     )
 
 
