@@ -141,7 +141,8 @@ class GraphCutPartitioner(Partitioner):
     def _edges(self, affinity: Tensor, grid: Grid, images: Tensor | None) -> Tensor:
         """Capacities: see `contrast_edges` and `affinity_edges`."""
         usual = OF_AFFINITY if images is None else OF_CONTRAST
-        smoothness = (usual if self.smoothness is None else self.smoothness) * edge_weights(grid, self.axis_weights)
+        weight = float(usual if self.smoothness is None else self.smoothness)
+        smoothness = weight * edge_weights(grid, self.axis_weights)
         if images is None:
             return affinity_edges(affinity, grid, smoothness)
         edges, bad = contrast_edges(images, grid, smoothness)
