@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..checks import is_whole
 from ..grid import Grid, GridSize, check_axis, check_grid, every, repeat_along
 from .affinity import check_affinity, interpolate, strided_grid
+from .graph_cut import check_images
 from .hierarchy import PartHierarchy
 
 
@@ -83,7 +84,8 @@ class TubePartitioner(nn.Module):
         flat = flat.flatten(1 - len(grid)).flatten(-len(grid), -2)
         taken, how = signature(self.partitioner.forward).parameters, dict[str, Any](grid_size=left)
         if images is not None and "images" in taken:
-            how["images"] = images.movedim(2 + axis, 2).flatten(1, 2)
+            frames: Any = check_images(affinity, grid, images, stride)[1]
+            how["images"] = frames.movedim(2 + axis, 2).flatten(1, 2)
         if "stride" in taken:
             how["stride"] = stride
         elif stride > 1:
