@@ -123,9 +123,9 @@ class Masking(nn.Module):
         if keep is not None or len(mask_ratio) != batch_size:
             given = f"mask_ratio has shape {list(mask_ratio.shape)} for {batch_size} images, and keep={keep!r}"
             raise ValueError(f"{given}: give one ratio for each image, or keep")
-        each = self.num_visible(grid, mask_ratio).to(patches.device)
+        each = self.num_visible_each(grid, mask_ratio).to(patches.device)
         order = self.forward(patches, keep=math.prod(grid), **how).ids_restore
-        return cast(Tensor, order >= each[:, None])
+        return order >= each[:, None]
 
     def scores(
         self,
@@ -144,11 +144,13 @@ class Masking(nn.Module):
         device = getattr(parts, "device", None) if device is None else device
         return self.unit_draw(batch_size, check_grid(grid_size), parts, device=device, generator=generator)
 
-    def num_visible(self, grid: Grid, mask_ratio: Any = 0.75, keep: int | None = None) -> Any:
-        """How many patches of a grid stay, see `num_visible`; [B] int64 for mask ratios [B]."""
-        if isinstance(mask_ratio, Tensor) and mask_ratio.ndim and keep is None:
-            return num_visible_each(math.prod(grid), mask_ratio)
+    def num_visible(self, grid: Grid, mask_ratio: float = 0.75, keep: int | None = None) -> int:
+        """How many patches of a grid stay, see `num_visible`."""
         return num_visible(math.prod(grid), mask_ratio, keep)
+
+    def num_visible_each(self, grid: Grid, mask_ratios: Tensor) -> Tensor:
+        """How many patches of a grid stay, [B] int64, for mask ratios [B]."""
+        return num_visible_each(math.prod(grid), mask_ratios)
 
     def checked_draw(self, batch_size: int, grid: Grid, parts: Tensor | None, **source: Any) -> Tensor:
         """What `draw` returns. The parts that the mask needs are checked, and so are the scores."""

@@ -72,10 +72,14 @@ class TubeMask(Masking):
         scores = self.mask.unit_draw(batch_size, drawn, self._parts_of_tubes(parts, grid), **source)
         return repeat_along(scores, grid, axis)
 
-    def num_visible(self, grid: Grid, mask_ratio: Any = 0.75, keep: int | None = None) -> Any:
+    def num_visible(self, grid: Grid, mask_ratio: float = 0.75, keep: int | None = None) -> int:
         axis, drawn = self._drawn(grid)
         own = super().num_visible(grid, mask_ratio, keep)  # first, for it may raise an error
         return own if keep is not None else grid[axis] * self.mask.num_visible(drawn, mask_ratio)
+
+    def num_visible_each(self, grid: Grid, mask_ratios: Tensor) -> Tensor:
+        axis, drawn = self._drawn(grid)
+        return grid[axis] * self.mask.num_visible_each(drawn, mask_ratios)
 
     def _drawn(self, grid: Grid) -> tuple[int, Grid]:
         """The axis, and the grid without it."""
