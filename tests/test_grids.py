@@ -516,15 +516,6 @@ def test_what_does_not_fit_is_refused_by_its_values(bad):
     assert all(value in str(error.value) for value in bad[2:])
 
 
-@pytest.mark.parametrize("number", [np.float32(0.25), np.float64(0.25), torch.tensor(0.25)], ids=["32", "64", "tensor"])
-def test_a_smoothness_may_be_any_real_number(number):
-    affinity, images = planted((3, 5))
-    for grid, pictures in product([(3, 5), (15,)], (None, images)):
-        how = {"grid_size": grid, "images": pictures if grid == (3, 5) else None}
-        ours, expected = (GraphCutPartitioner(smoothness=each)(affinity, **how) for each in (number, 0.25))
-        assert torch.equal(ours, expected)
-
-
 PICTURES = [(14, 14), (5, 9), (1, 7), (16, 3)]
 FROZEN = "6329e31c5761fb96f3c29aa5cde87a4010f999d289b8da90b443671dea38bc38"
 
