@@ -68,4 +68,7 @@ def test_numbers_of_numpy_and_torch_are_numbers():
         assert (RandomMask()(X, ratio).mask.sum(1) == 8).all()
     assert EvolvingMask(np.int64(10)).set_epoch(torch.tensor(9)).alpha == 1
     assert GraphCutPartitioner(np.int64(3))(AFFINITY, np.int32(2)).max() <= 1
+    for smoothness in (np.float32(0.25), torch.tensor(0.25)):
+        ours, expected = (GraphCutPartitioner(9, smoothness=each)(AFFINITY) for each in (smoothness, 0.25))
+        assert torch.equal(ours, expected)
     assert GridMask(np.int64(3), grid_size=(np.int64(4), 4)).sample(2, [4, np.int64(4)]).shape == (2, 16)

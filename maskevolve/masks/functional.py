@@ -65,14 +65,13 @@ def grid_scores(batch_size: int, grid_size: Grid, *, period: int | Sequence[int]
 
 def _periods(period: int | Sequence[int], grid_size: Grid) -> tuple[int, ...]:
     """The sides of a pattern, one an axis; a ValueError where they do not fit the grid."""
-    if not isinstance(period, Sequence):
-        if len(grid_size) == 2:  # of pictures, one number has always been allowed to be longer than a side
-            return period, period
-        period = tuple(1 if size == 1 else period for size in grid_size)
-    if len(period) != len(grid_size) or any(side > size for side, size in zip(period, grid_size, strict=True)):
+    sides = period if isinstance(period, Sequence) else [1 if size == 1 else period for size in grid_size]
+    if not isinstance(period, Sequence) and len(grid_size) == 2:
+        return period, period  # of pictures, one number has always been allowed to be longer than a side
+    if len(sides) != len(grid_size) or any(side > size for side, size in zip(sides, grid_size, strict=True)):
         must = "be one number, or one an axis, none longer than the axis"
         raise ValueError(f"period={period!r} does not fit a grid of {times(grid_size)} patches: it must {must}")
-    return tuple(period)
+    return tuple(sides)
 
 
 def _evenly_spread(key: Tensor, size: int, period: int) -> Tensor:

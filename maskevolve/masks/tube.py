@@ -87,12 +87,9 @@ class TubeMask(Masking):
         return axis, drawn
 
     def _parts_of_tubes(self, parts: Tensor | None, grid: Grid) -> Tensor | None:
-        if parts is None or not self.needs_parts:
-            return parts
-        labels = F.check_parts(parts, owner=type(self).__name__)
-        if labels.shape[1] != math.prod(grid):
-            return labels
-        cells: Tensor = labels.unflatten(1, grid)
+        if not isinstance(parts, Tensor) or parts.shape[1:] != (math.prod(grid),):
+            return parts  # those of the grid that is drawn, which the mask that is repeated checks
+        cells: Tensor = F.check_parts(parts, owner=type(self).__name__).unflatten(1, grid)
         return cells.mode(check_axis(self.axis, grid) + 1).values.flatten(1)
 
     def extra_repr(self) -> str:

@@ -122,7 +122,7 @@ class GraphCutPartitioner(Partitioner):
         A solve for more parts goes deeper, so that its cut(K) may differ from that of a solve for K.
         """
         num_parts, given = check_num_parts(num_parts, self.num_parts), check_affinity(affinity)
-        grid, images = _check_images(given, grid_size, images, stride)
+        grid, images = check_images(given, grid_size, images, stride)
         patches, what = math.prod(grid), f"a cut of {len(given)} images of {times(grid)} patches"
         check_memory(what, 10 * len(given) * patches**2, given.device)
         with torch.autocast(given.device.type, enabled=False):
@@ -141,7 +141,8 @@ class GraphCutPartitioner(Partitioner):
     def _edges(self, affinity: Tensor, grid: Grid, images: Tensor | None) -> Tensor:
         """Capacities: see `contrast_edges` and `affinity_edges`."""
         usual = OF_AFFINITY if images is None else OF_CONTRAST
-        smoothness = (usual if self.smoothness is None else self.smoothness) * edge_weights(grid, self.axis_weights)
+        weight = float(usual if self.smoothness is None else self.smoothness)
+        smoothness = weight * edge_weights(grid, self.axis_weights)
         if images is None:
             return affinity_edges(affinity, grid, smoothness)
         edges, bad = contrast_edges(images, grid, smoothness)
@@ -149,7 +150,7 @@ class GraphCutPartitioner(Partitioner):
         return edges
 
 
-def _check_images(affinity: Tensor, grid_size: Any, images: Any, stride: int) -> tuple[Grid, Tensor | None]:
+def check_images(affinity: Tensor, grid_size: Any, images: Any, stride: int) -> tuple[Grid, Tensor | None]:
     """The grid, such as (H, W), and the images as a plain tensor; ValueError where they do not fit the affinity."""
     if images is None:
         if stride != 1:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ..checks import is_whole
 from ..grid import Grid, GridSize, check_axis, check_grid, every, repeat_along
-from .affinity import check_affinity, interpolate, strided_grid
+from .affinity import Partitioner, check_affinity, interpolate, strided_grid
+from .graph_cut import check_images
 from .hierarchy import PartHierarchy
 
 
@@ -71,6 +72,7 @@ class TubePartitioner(nn.Module):
     ) -> tuple[Tensor, dict[str, Any], Grid, int]:
         """The affinity without the axis, what else the partitioner is told, the grid, and the number of the axis."""
         affinity = check_affinity(affinity)
+        affinity = self.partitioner.clean(affinity) if isinstance(self.partitioner, Partitioner) else affinity
         if grid_size is None:
             raise ValueError("tubes need grid_size=(T, H, W), that of the patches in the affinity")
         grid = strided_grid(affinity.shape[-1], grid_size, stride)
@@ -83,7 +85,8 @@ class TubePartitioner(nn.Module):
         flat = flat.flatten(1 - len(grid)).flatten(-len(grid), -2)
         taken, how = signature(self.partitioner.forward).parameters, dict[str, Any](grid_size=left)
         if images is not None and "images" in taken:
-            how["images"] = images.movedim(2 + axis, 2).flatten(1, 2)
+            frames: Any = check_images(affinity, grid, images, stride)[1]
+            how["images"] = frames.movedim(2 + axis, 2).flatten(1, 2)
         if "stride" in taken:
             how["stride"] = stride
         elif stride > 1:
