@@ -87,6 +87,8 @@ def evolution_figure(
 ) -> Figure:
     """The images, and a column for each point of training: their parts above, what the mask leaves of them below.
 
+    Points of clips, volumes and series, which are wide, are below one another.
+
     Args:
         images: B images, clips, volumes or series as `part_picture` takes them, or a tensor, [B, 3, height, width].
         masks: [B, N] for each point, 0 keep, 1 remove.
@@ -115,17 +117,24 @@ def evolution_figure(
     headings = ["\n".join(textwrap.fill(line, LETTERS) for line in title) for title in lines]
     names = ["parts", "visible"] if any(part is not None for part in parts) else ["visible"]
     rows, (height, width, _) = len(names) * len(pictures), _join(pictures[0]).shape
-    shape = height / width
-    column_width = COLUMN if len(_check_grid(grid_size)) == 2 else max(COLUMN, ROW / shape)
-    above = 0.2 + 1.3 * FONT / 72 * (1 + max(heading.count("\n") for heading in headings))
-    figure = Figure(figsize=(column_width * len(headings), column_width * rows * shape + above), layout="constrained")
-    axes = figure.subplots(rows, len(headings), squeeze=False)
+    shape, columns = height / width, len(headings)
+    if len(_check_grid(grid_size)) == 2:
+        above = 0.2 + 1.3 * FONT / 72 * (1 + max(heading.count("\n") for heading in headings))
+        figure = Figure(figsize=(COLUMN * columns, COLUMN * rows * shape + above), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+    else:
+        headings, places = titles, product(range(columns), range(rows))
+        heights = [0.01 if column == 0 and row % len(names) else 1 for column, row in places]  # below images, nothing
+        size = max(COLUMN, ROW / shape), (ROW + 0.2) * sum(heights) + 0.2 * columns
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(rows * columns, 1, squeeze=False, height_ratios=heights).reshape(columns, rows).T
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[], frame_on=False, box_aspect=shape)
     for ax, heading in zip(axes[0], headings, strict=True):
         ax.set_title(heading, fontsize=FONT)
-    for ax, name in zip(axes[:, 1], names * len(pictures), strict=True):
-        ax.set_ylabel(name, fontsize=FONT)
+    for (row, column), ax in np.ndenumerate(axes):
+        if column == 1 or (column and headings is titles):
+            ax.set_ylabel(names[row % len(names)], fontsize=FONT)
     for index, picture in enumerate(pictures):
         first, last = axes[len(names) * index], axes[len(names) * (index + 1) - 1]
         first[0].imshow(_join(picture))

@@ -12,7 +12,9 @@ import pytorch_lightning
 import torch
 import transformers
 from lightly_mae import MAE as LightlyMAE
+from monai.networks.nets import MaskedAutoEncoderViT
 from packaging.version import Version
+from patch_mae import PatchEmbed, PatchMAE
 from timm.models.vision_transformer import VisionTransformer
 from torch.optim.swa_utils import AveragedModel
 from vits import MAE
@@ -63,6 +65,16 @@ def run_mim():
     return {"model": model, "training_args": transformers.TrainingArguments("out", num_train_epochs=3)}
 
 
+def a_video_mae():
+    model, embed = PatchMAE(3, (16, 32, 32), (2, 8, 8), width=32, depth=1), PatchEmbed(3, (16, 32, 32), (2, 8, 8), 8)
+    return {"model": model, "embed": embed, "epochs": 2, "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
+
+
+def a_monai():
+    model = MaskedAutoEncoderViT(1, (16, 16, 16), (4, 8, 8), 24, 32, 1, 2, 0.75, 24, 32, 1, 2)
+    return {"model": model, "epochs": 2, "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
+
+
 def a_lightning_module():
     vit = VisionTransformer(64, 8, embed_dim=48, depth=1, num_heads=3, num_classes=0)
     return {"model": LightlyMAE(vit, lr=1e-3, decoder_width=32), "epochs": 2, "pl": pytorch_lightning}
@@ -79,6 +91,8 @@ SETTINGS = {
     **dict.fromkeys(("README.md", "docs/index.md", "docs/quickstart.md", "docs/hosts/mae.md"), an_mae),
     "docs/masks.md": a_vit,
     "docs/hosts/index.md": an_evolution,
+    "docs/clips.md": a_video_mae,
+    "docs/hosts/monai.md": a_monai,
     "docs/hosts/timm.md": lambda: {"optimizer": torch.optim.SGD([torch.zeros(1)], 0.1), "epochs": 4, "epoch": 0},
     "docs/hosts/vit_mae.md": a_trainer,
     "docs/hosts/mim.md": run_mim,
@@ -237,7 +251,7 @@ def test_versions_are_those_of_the_files(page):
     newest = dict(re.findall(r"^([\w-]+)==([\d.]+)$", read(".ci/constraints.txt"), re.MULTILINE))
     told = re.findall(r"\b([A-Za-z][\w-]+) (\d+(?:\.\d+)+)(?:\s+to\s+(\d+(?:\.\d+)+))?", read(page))
     told = [row for row in told if row[0] in newest]
-    hosts = {"timm", "transformers", "lightly", "stable-pretraining"}
+    hosts = {"timm", "transformers", "lightly", "stable-pretraining", "monai"}
     assert page == "README.md" or hosts <= {name for name, *_ in told}
     for name, first, last in told:
         low, high = Version(oldest.get(name, newest[name])), Version(newest[name])

@@ -147,10 +147,6 @@ class Masking(nn.Module):
         """How many patches of a grid stay, see `num_visible`."""
         return num_visible(math.prod(grid), mask_ratio, keep)
 
-    def num_visible_each(self, grid: Grid, mask_ratios: Tensor) -> Tensor:
-        """How many patches of a grid stay, [B] int64, for mask ratios [B]."""
-        return num_visible_each(math.prod(grid), mask_ratios)
-
     def checked_draw(self, batch_size: int, grid: Grid, parts: Tensor | None, **source: Any) -> Tensor:
         """What `draw` returns. The parts that the mask needs are checked, and so are the scores."""
         if self.needs_parts:

@@ -35,6 +35,7 @@ class MaskGenerator:
     def __init__(self, masking: Masking, grid_size: GridSize, mask_ratio: float = 0.75) -> None:
         check_masking(masking)
         self.masking, self.grid_size, self.mask_ratio = masking, check_grid(grid_size), mask_ratio
+        self.num_patches = math.prod(self.grid_size)
         self.keep = masking.num_visible(self.grid_size, mask_ratio)
         self._epoch = torch.full((), math.nan, dtype=torch.float64).share_memory_()  # which processes of a loader see
         self._own_epoch = math.nan
@@ -61,14 +62,15 @@ class MaskGenerator:
         Raises:
             ValueError: as of `Masking.sample`.
         """
-        total, epoch = math.prod(self.grid_size), float(self._epoch)
-        if num_removed is not None and not (is_whole(num_removed) and 0 <= num_removed < total):
-            raise ValueError(f"num_removed={num_removed!r} is no whole number in [0, {total - 1}] for {self!r}")
+        if num_removed is not None and not (is_whole(num_removed) and 0 <= num_removed < self.num_patches):
+            wanted = f"no whole number in [0, {self.num_patches - 1}] for {self!r}"
+            raise ValueError(f"num_removed={num_removed!r} is {wanted}")
+        epoch = float(self._epoch)
         if not math.isnan(epoch) and epoch != self._own_epoch:
             cast(Any, self.masking).set_epoch(epoch)
             self._own_epoch = epoch
         labels: Tensor | None = None if parts is None else torch.as_tensor(parts)[None]
-        keep = self.keep if num_removed is None else total - num_removed
+        keep = self.keep if num_removed is None else self.num_patches - num_removed
         mask = self.masking.sample(1, self.grid_size, keep=keep, parts=labels, device="cpu")[0].numpy()
         return mask if num_removed is None else mask.reshape(self.grid_size)
 
