@@ -192,7 +192,7 @@ def test_wrong_use_names_the_fix():
             apply_to_mim(wrong, RandomMask())
     with pytest.raises(TypeError, match="VideoMAEForPreTraining masks tubes of a video"):
         apply_to_mim(hf.VideoMAEForPreTraining(hf.VideoMAEConfig(**VIT)), RandomMask())
-    with pytest.raises(TypeError, match="SegGptModel takes bool_masked_pos for the half of its picture"):
+    with pytest.raises(TypeError, match="SegGptModel takes bool_masked_pos for half of its picture"):
         apply_to_mim(hf.SegGptModel(hf.SegGptConfig(**VIT, merge_index=0)), RandomMask())
     for bare in (hf.ViTModel(hf.ViTConfig(**VIT)), hf.BeitModel(hf.BeitConfig(**VIT))):
         with pytest.raises(ValueError, match="made without a mask token, and can mask nothing: make it with use_mask"):

@@ -16,11 +16,6 @@ from ..teachers.patch_grid import as_sides, patch_grid
 from .eager import Eager
 from .evolution import Evolution, Teacher
 
-REFUSED = {
-    "seggpt": "takes bool_masked_pos for the half of its picture that it is to fill in",
-}
-"""Model types whose `bool_masked_pos` is something else, and what that is."""
-
 
 def apply_to_vit_mae(model: nn.Module, masking: Masking, teacher: Teacher | None = None) -> Evolution:
     """Let a ViTMAE of Hugging Face mask with `masking`, in place of its own `random_masking(sequence, noise)`.
@@ -119,8 +114,8 @@ def apply_to_mim(
             f"{name} is no model of Hugging Face that takes `pixel_values` and `bool_masked_pos`: pass one that does, "
             "such as ViTForMaskedImageModeling, or see apply_to_vit_mae and docs/hosts/index.md for others"
         )
-    if host.config.model_type in REFUSED:
-        raise TypeError(f"{name} {REFUSED[host.config.model_type]}: no evolving masks for this model")
+    if host.config.model_type == "seggpt":
+        raise TypeError(f"{name} takes bool_masked_pos for half of its picture: no evolving masks for this model")
     is_video = host.config.model_type == "videomae"
     if not is_video and all(getattr(module, "mask_token", None) is None for module in host.modules()):
         raise ValueError(

@@ -123,8 +123,8 @@ class Masking(nn.Module):
         if keep is not None or len(mask_ratio) != batch_size:
             given = f"mask_ratio has shape {list(mask_ratio.shape)} for {batch_size} images, and keep={keep!r}"
             raise ValueError(f"{given}: give one ratio for each image, or keep")
-        each = torch.tensor([[self.num_visible(grid, ratio)] for ratio in mask_ratio.tolist()], device=patches.device)
-        return self.forward(patches, keep=math.prod(grid), **how).ids_restore >= each
+        each = torch.tensor([self.num_visible(grid, ratio) for ratio in mask_ratio.tolist()], device=patches.device)
+        return self.forward(patches, keep=math.prod(grid), **how).ids_restore >= each.view(-1, 1)
 
     def scores(
         self,

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import is_whole
 from ..grid import Grid, GridSize, check_axis, check_grid, repeat_along, times
 from . import functional as F
 from .base import Masking, check_masking
@@ -39,11 +38,9 @@ class TubeMask(Masking):
     def __init__(self, mask: Masking, axis: int = 0, *, grid_size: GridSize | None = None) -> None:
         super().__init__(grid_size)
         check_masking(mask, "mask")
-        if not is_whole(axis):
-            raise ValueError(f"axis={axis!r} must be a whole number: 0 is the first axis of the grid, -1 the last")
+        self.mask, self.axis = mask, axis
         if grid_size is not None:
-            check_axis(axis, check_grid(grid_size))
-        self.mask, self.axis = mask, int(axis)
+            self._drawn(check_grid(grid_size))
 
     def __getattr__(self, name: str) -> Any:
         if name not in OF_EPOCHS:
