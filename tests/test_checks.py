@@ -16,6 +16,7 @@ from maskevolve.schedule import alpha_at, clamp_epoch, num_parts_at
 X, AFFINITY = torch.zeros(2, 16, 1), torch.rand(1, 16, 16)
 NO_NUMBER = ["0.5", None, (0.5, 0.5), [0.5], torch.tensor([0.5, 0.5]), np.array([0.5, 0.5]), 0.5j, True, math.nan]
 NOT_WHOLE = [*NO_NUMBER, 2.5, math.inf, -1]
+NO_RATIO = [value for value in NO_NUMBER if not isinstance(value, torch.Tensor)]  # where each image may have its own
 OR_NONE = [value for value in NOT_WHOLE if value is not None]  # None is the default
 
 
@@ -25,7 +26,7 @@ frozen = partial(teacher, FrozenTeacher)
 
 REFUSED = [
     ("mask_ratio", partial(RandomMask(), X), [*NO_NUMBER, 1, -0.1, 0.999, math.inf, np.float32(1.5)]),
-    ("mask_ratio", partial(EvolvingMask(10).sample, 2, 4), [*NO_NUMBER, 1, 0.999]),
+    ("mask_ratio", partial(EvolvingMask(10).sample, 2, 4), [*NO_RATIO, 1, 0.999]),
     ("mask_ratio", partial(mask_patches, X, torch.rand(2, 16)), NO_NUMBER),
     ("mask_ratio", partial(num_visible, 16), NO_NUMBER),
     ("total_epochs", EvolvingMask, [*NO_NUMBER, 0, -3, math.inf]),
@@ -48,7 +49,7 @@ REFUSED = [
     *(("batch_size", partial(call, grid_size=4), NOT_WHOLE) for call in (RandomMask().scores, RandomMask().sample)),
     ("area", BlockMask, [None, 0.5, ("a", "b"), (0.1,), (0.4, 0.1), (0.1, math.nan)]),
     ("aspect", BlockMask, [None, (0, 1), (1, math.inf), ([1], [2])]),
-    ("grid_size", RandomMask, ["4", 0, (4, 0), (4.0, 4.0), (4, 4, 1), [4]]),
+    ("grid_size", RandomMask, ["4", 0, (4, 0), (4.0, 4.0), (2, 2, 2, 2), (), [4, "4", 1]]),
     ("grid_size", partial(EvolvingMask, 10), [0, "4"]),
     ("grid_size", partial(GridMask().scores, 2), [None, "4", -4, (4, None)]),
     ("grid_size", partial(GraphCutPartitioner(), AFFINITY), ["4", (4, -4), 4.0]),

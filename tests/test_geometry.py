@@ -142,18 +142,25 @@ SIGNALS = {"1-d": (nn.Conv1d(2, 16, 5, 5), (2, 2, 55), 11), "3-d": (nn.Conv3d(3,
 
 @pytest.mark.parametrize(("embed", "shape", "count"), SIGNALS.values(), ids=SIGNALS)
 def test_patches_of_other_dimensions(embed, shape, count):
-    model = Signals(embed)
-    for refused in (GridMask(), BlockMask(), EvolvingMask(10, start=RandomMask(), end=GridMask())):
-        with pytest.raises(ValueError, match=r"patches of [13] dim.*RandomMask\(\)"):
-            apply_to_mae(model, refused)
-    with pytest.raises(ValueError, match=r"patches of [13] dim"):
-        make_teacher(model)
-    evolution = apply_to_mae(model, RandomMask())
-    visible, mask, _ = model(torch.randn(shape))
-    assert visible.shape == (2, int(count * 0.25), 16)
-    assert torch.equal(mask, evolution.last_mask)
-    assert mask.shape == (2, count)
-    evolution.remove()
+    model, images = Signals(embed), torch.randn(shape)
+    grid = tuple(embed(images).shape[2:])
+    assert patch_grid(model, images) == grid
+    cells = tuple(side * one for side, one in zip(embed.kernel_size, grid, strict=True))
+    assert torch.equal(whole_patches(model, images), images[(..., *map(slice, cells))])
+    for masking in (RandomMask(), GridMask(), BlockMask(), EvolvingMask(10, end=BlockMask()).set_epoch(5)):
+        evolution = apply_to_mae(model.eval(), masking)
+        visible, mask, _ = model(images)
+        assert visible.shape == (2, int(count * 0.25), 16)
+        assert torch.equal(mask, evolution.last_mask)
+        assert mask.shape == (2, count)
+        evolution.remove()
+
+
+def test_patches_of_four_axes_have_no_grid():
+    model = Signals(nn.Identity())
+    model.patch_embed.patch_size = (2, 2, 2, 2)
+    with pytest.raises(ValueError, match=r"patches of 4 axes \(Identity, \(2, 2, 2, 2\)\).*RandomMask\(\)"):
+        apply_to_mae(model, GridMask())
 
 
 def test_masks_say_whether_they_need_a_grid():

@@ -15,7 +15,7 @@ from packaging.version import Version
 import maskevolve
 
 ROOT = Path(__file__).parents[1]
-HOSTS = {"timm", "transformers", "lightly", "pytorch_lightning", "lightning", "stable_pretraining"}
+HOSTS = {"timm", "transformers", "lightly", "pytorch_lightning", "lightning", "stable_pretraining", "monai"}
 
 
 def python(code):
@@ -163,7 +163,8 @@ def test_oldest_versions_that_are_tested_are_the_oldest_that_are_allowed():
 
 
 def test_exports_are_those_of_the_contract():
-    masks = {"RandomMask", "GridMask", "BlockMask", "PartMask", "EvolvingMask", "Masking", "MaskedPatches"}
-    parts = {"GraphCutPartitioner", "EMPartitioner", "PartHierarchy", "parts_from_segmentation"}
+    masks = {"RandomMask", "GridMask", "BlockMask", "PartMask", "TubeMask", "EvolvingMask"}
+    masks |= {"Masking", "MaskedPatches", "MaskGenerator"}
+    parts = {"GraphCutPartitioner", "EMPartitioner", "TubePartitioner", "PartHierarchy", "parts_from_segmentation"}
     assert set(maskevolve.__all__) == masks | parts | {"PartTeacher", "FrozenTeacher"}
     assert all(hasattr(maskevolve, name) for name in maskevolve.__all__)

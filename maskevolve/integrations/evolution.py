@@ -396,7 +396,9 @@ class Evolution:
             images, given.images = given.images, None
             return images, images
         if self._passes:
-            found = self._passes[-1].images_of(x)
+            # Where the embedding does not tell the grid, it may have taken them in pieces.
+            whole = [each.images[0] for each in self._passes if self._grid_size and len(each.images) == 1]
+            found = (whole[-1], whole[-1]) if whole else self._passes[-1].images_of(x)
         else:  # another method than those that begin a pass embeds and masks
             last, self._local.last = getattr(self._local, "last", None), None
             taken = None if last is None else last()

@@ -37,7 +37,8 @@ class MaskGenerator:
         self.masking, self.grid_size, self.mask_ratio = masking, check_grid(grid_size), mask_ratio
         self.num_patches = math.prod(self.grid_size)
         self.keep = masking.num_visible(self.grid_size, mask_ratio)
-        self._epoch = torch.full((), math.nan, dtype=torch.float64).share_memory_()  # which processes of a loader see
+        # Processes of a loader see it.
+        self._epoch = torch.full((), math.nan, dtype=torch.float64, device="cpu").share_memory_()
         self._own_epoch = math.nan
 
     def set_epoch(self, epoch: float) -> "MaskGenerator":

@@ -149,6 +149,9 @@ def _pictures(model: nn.Module, images: Tensor | None) -> Iterator[Tensor]:
     owners = (*modules, getattr(model, "config", None))
     numbers = (getattr(owner, name, None) for owner in owners for name in ("in_channels", "in_chans", "num_channels"))
     known = next(([number] for number in numbers if isinstance(number, int)), [3, 1])
+    with suppress(PatchGridError):  # a linear layer that embeds patches is as wide as their pixels
+        width = next((each.in_features for each in modules if isinstance(each, nn.Linear)), 0)
+        known += [max(1, width // math.prod(patch_layout(model).kernel))] * (len(known) > 1)
     shapes = [] if images is None else [tuple(images.shape[1:])]
     shapes += [shape for channels in known for shape in _likely_shapes(model, channels, owners)]
     weights = (weight for owner in modules for weight in owner.parameters() if weight.is_floating_point())
