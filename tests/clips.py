@@ -23,7 +23,7 @@ def patches_of(images, kernel, stride=None):
 
 
 class Embed(nn.Module):
-    """A patch embedding by one convolution."""
+    """A patch embedding by one convolution; where it knows frames, it keeps time apart: [B, T, H * W, 48]."""
 
     def __init__(self, channels, kernel, stride=None, **attributes):
         super().__init__()
@@ -31,14 +31,8 @@ class Embed(nn.Module):
         vars(self).update(attributes)
 
     def forward(self, images):
-        return self.proj(images).flatten(2).mT
-
-
-class FrameEmbed(Embed):
-    """One that keeps time apart: [B, T, H * W, 48]."""
-
-    def forward(self, images):
-        return super().forward(images).unflatten(1, (-1, 15))
+        x = self.proj(images).flatten(2).mT
+        return x.unflatten(1, (-1, 15)) if hasattr(self, "frames") else x
 
 
 class Fork(MAE):
@@ -65,7 +59,7 @@ class Video(Fork):
 
     def __init__(self, frames=8, depth=2):
         sizes = {"patch_size": (8, 8), "img_size": (24, 40), "frames": frames, "input_size": (frames // depth, 3, 5)}
-        super().__init__(FrameEmbed(3, (depth, 8, 8), **sizes), frames // depth * 15, 3, (depth, 8, 8))
+        super().__init__(Embed(3, (depth, 8, 8), **sizes), frames // depth * 15, 3, (depth, 8, 8))
 
     def random_masking(self, x, mask_ratio):
         visible, mask, ids_restore = super().random_masking(x, mask_ratio)

@@ -78,6 +78,13 @@ def test_tubes_of_exact_count_in_place_of_video_maes_generator():
     assert np.array_equal(generator(), first)
 
 
+def test_masks_are_drawn_on_the_cpu_whatever_torchs_default_device_is():
+    masking = EvolvingMask(4)
+    with torch.device("meta"):
+        mask = MaskGenerator(masking, 6, 0.5).set_epoch(3)(parts=PARTS)
+    assert is_whole(torch.from_numpy(mask), PARTS)
+
+
 def test_called_with_a_number_as_the_collate_function_of_dinov3_does():
     generator = MaskGenerator(GridMask(), (6, 8), 0.75)
     for removed in (0, 1, int(48 * 0.31), np.int64(27), 47):

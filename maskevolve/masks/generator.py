@@ -70,7 +70,7 @@ class MaskGenerator:
         if not math.isnan(epoch) and epoch != self._own_epoch:
             cast(Any, self.masking).set_epoch(epoch)
             self._own_epoch = epoch
-        labels: Tensor | None = None if parts is None else torch.as_tensor(parts)[None]
+        labels: Tensor | None = None if parts is None else torch.as_tensor(parts, device="cpu")[None]
         keep = self.keep if num_removed is None else self.num_patches - num_removed
         mask = self.masking.sample(1, self.grid_size, keep=keep, parts=labels, device="cpu")[0].numpy()
         return mask if num_removed is None else mask.reshape(self.grid_size)
