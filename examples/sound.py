@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     evolution.follow(optimizer)
 
-    shown, losses, snapshots = draw_waves(2, torch.Generator().manual_seed(args.seed + 1)), [], []
+    shown, losses, snapshots = draw_waves(1, torch.Generator().manual_seed(args.seed + 1)), [], []
     last = max(args.epochs - 1, 1)
     wanted = {round(last * step / (SNAPSHOTS - 1)) for step in range(SNAPSHOTS)}
     for epoch in tqdm(range(args.epochs)):

@@ -18,8 +18,8 @@ from maskevolve import EvolvingMask, GraphCutPartitioner, PartTeacher, TubeMask,
 from maskevolve.integrations import apply_to_mae
 from maskevolve.viz import evolution_figure
 
-FRAMES, SIDE, PATCH = 16, 48, (2, 8, 8)
-GRID = (8, 6, 6)
+FRAMES, SIDE, PATCH = 16, 48, (2, 6, 6)
+GRID = (8, 8, 8)
 SHAPES = 3
 SNAPSHOTS = 4
 
