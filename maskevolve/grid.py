@@ -64,13 +64,14 @@ def check_grid(grid_size: Any) -> Grid:
     return tuple(map(int, sides))
 
 
-def check_axis(axis: Any, grid: Grid) -> int:
-    """The number of an axis of a grid with two axes or more, counted from 0; below 0, from the end."""
+def without_axis(axis: Any, grid: Grid) -> tuple[int, Grid]:
+    """The number of an axis, counted from 0 (below 0, from the end), and the grid without it, of one axis or more."""
     if not is_whole(axis) or not -len(grid) <= axis < len(grid):
         raise ValueError(f"axis={axis!r} does not exist in a grid of {times(grid)} patches, which has {len(grid)} axes")
     if len(grid) == 1:
         raise ValueError(f"a grid of {times(grid)} patches has one axis, and nothing is left without axis={axis}")
-    return int(axis) % len(grid)
+    axis = int(axis) % len(grid)
+    return axis, grid[:axis] + grid[axis + 1 :]
 
 
 def repeat_along(values: Tensor, grid: Grid, axis: int) -> Tensor:
@@ -80,10 +81,5 @@ def repeat_along(values: Tensor, grid: Grid, axis: int) -> Tensor:
 
 
 def times(sizes: Sequence[int]) -> str:
-    """Sizes, as in a message.
-
-    Examples:
-        >>> times((8, 14, 14))
-        '8 x 14 x 14'
-    """
+    """Sizes as in a message, such as 8 x 14 x 14."""
     return " x ".join(map(str, sizes))

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import PatchEmbed
 from torch import nn
 from vits import MAE
 
-from maskevolve.integrations import apply_to_mae, apply_to_mim, apply_to_monai
+from maskevolve.integrations import apply_to_mae, apply_to_mim
 
 
 def patches_of(images, kernel, stride=None):
@@ -202,7 +202,7 @@ def monai(channels, size, patch, projection="conv"):
     sizes |= {"decoder_num_layers": 1, "decoder_num_heads": 3, "decoder_mlp_dim": 96, "spatial_dims": len(size)}
     make = partial(MaskedAutoEncoderViT, channels, size, patch, proj_type=projection, **sizes)
     grid = tuple(side // one for side, one in zip(size, patch, strict=True))
-    return Host(make, (channels, *size), grid, patch, call=call_monai, put=apply_to_monai)
+    return Host(make, (channels, *size), grid, patch, call=call_monai)
 
 
 def spectrograms():

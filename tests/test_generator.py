@@ -99,7 +99,7 @@ def test_called_with_a_number_as_the_collate_function_of_dinov3_does():
 def test_wrong_use_repeats_the_values():
     generator = MaskGenerator(EvolvingMask(4), (2, 3, 4), 0.5)
     for wrong in (-1, 24, 2.5, "3", True):
-        with pytest.raises(ValueError, match=rf"num_removed={wrong!r} .*\[0, 23\].*2 x 3 x 4 patches, mask_ratio=0.5"):
+        with pytest.raises(ValueError, match=rf"num_removed={wrong!r} .*\[0, 23\].*2 x 3 x 4 patches"):
             generator(wrong)
     for grid, ratio, said in (((0, 4), 0.5, "(0, 4)"), (4, 1.5, "mask_ratio=1.5"), (4, "a", "'a'"), (2, 0.9, "0.9")):
         with pytest.raises(ValueError, match=re.escape(said)):

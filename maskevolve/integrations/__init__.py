@@ -5,7 +5,6 @@ from .evolution import Evolution, evolution_of
 from .hugging_face import apply_to_mim, apply_to_vit_mae
 from .lightly import apply_to_lightly
 from .mae import apply_to_mae
-from .monai import apply_to_monai
 from .stable_pretraining import apply_to_stable_pretraining
 from .timm import apply_to_timm
 
@@ -14,7 +13,6 @@ __all__ = [
     "apply_to_lightly",
     "apply_to_mae",
     "apply_to_mim",
-    "apply_to_monai",
     "apply_to_stable_pretraining",
     "apply_to_timm",
     "apply_to_vit_mae",

@@ -420,11 +420,9 @@ class Evolution:
         images = self._refuse_patches() if images is None else images
         grid = patch_grid(self.model, images)
         if math.prod(grid) != x.shape[1]:
-            raise ValueError(
-                f"{type(self.model).__name__} masks N={x.shape[1]} patches, but its patch embedding makes "
-                f"{times(grid)} of images of shape {list(images.shape[1:])}: say how they lie with "
-                "grid_size=(T, H, W), the last axis fastest, where masks are applied"
-            )
+            made = f"{times(grid)} patches of images of shape {list(images.shape[1:])}, but N={x.shape[1]} are masked"
+            how = "say how they lie with grid_size=(T, H, W), the last axis fastest, where masks are applied"
+            raise ValueError(f"the patch embedding of {type(self.model).__name__} makes {made}: {how}")
         return grid
 
     def _given_parts(self, given: Given, images: Tensor, grid_size: Grid) -> Tensor | None:

@@ -1,7 +1,4 @@
-"""The official MAE (https://github.com/facebookresearch/mae) and every model with its `random_masking`.
-
-That of pictures, clips, volumes and sound: mae_st, Prithvi, SatMAE, AudioMAE.
-"""
+"""The official MAE (https://github.com/facebookresearch/mae) and every model with its `random_masking`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +16,9 @@ from ..teachers.random_masking import CallSpec, UnknownResultsError, arrange, ca
 from .eager import Eager
 from .evolution import Evolution, Teacher
 
+METHODS = ("random_masking", "patch_embed"), ("_masking", "patch_embedding")
+"""What masks and what embeds patches, in an MAE and in MONAI's."""
+
 
 def apply_to_mae(
     model: nn.Module,
@@ -28,15 +28,15 @@ def apply_to_mae(
     patch_size: int | tuple[int, ...] | None = None,
     grid_size: GridSize | None = None,
 ) -> Evolution:
-    """Let an MAE mask with `masking`, in place of its own `random_masking(x, mask_ratio, ...)`.
+    """Let an MAE mask with `masking`, in place of its own `random_masking(x, mask_ratio, ...)` or MONAI's `_masking`.
 
     It returns what the model's own returns, in its order: visible patches, mask, ids_restore, ids_keep. Of further
     arguments, a second ratio is honoured (CrossMAE's `kept_mask_ratio`), a tensor, such as noise, means that the mask
     is the model's own, and any other must have its default or, without one, the value of the first call.
 
     Args:
-        model: the MAE, with `random_masking` and `patch_embed`, as the official one, its forks and mmpretrain's have;
-            wrapped in DistributedDataParallel or compiled or not.
+        model: the MAE, with `random_masking` and `patch_embed`, as the official one, its forks and mmpretrain's have,
+            or MONAI's MaskedAutoEncoderViT; wrapped in DistributedDataParallel or compiled or not.
         masking: the mask.
         teacher: see `Evolution`. A PartTeacher is built from the same model.
         patch_size: in pixels, for a model whose patch embedding does not say. It is ``model.patch_embed.patch_size``
@@ -54,32 +54,34 @@ def apply_to_mae(
     Source: https://github.com/facebookresearch/mae
     """
     model = unwrap(model)
-    for name in ("random_masking", "patch_embed"):
+    method, embedding = METHODS[hasattr(model, "_masking")]
+    for name in (method, embedding):
         if not hasattr(model, name):
             inside = [inner for inner, module in model.named_modules() if hasattr(module, name)]
             instead = f"pass model.{inside[0]}, which has it" if inside else "see docs/hosts for other code bases"
             raise TypeError(f"{type(model).__name__} has no `{name}`, as the official MAE has: {instead}")
-    own = host_method(model, "random_masking")
-    spec, embed = call_spec(own), cast(Any, model.get_submodule("patch_embed"))
+    own = host_method(model, method)
+    spec, embed = call_spec(own), cast(Any, model.get_submodule(embedding))
     learned: dict[Any, Any] = {(): _try(own, embed)}
     undo = partial(_set_patch_size, embed, vars(embed).get("patch_size"))
     if patch_size is not None:
         embed.patch_size = patch_size
     try:
-        evolution = Evolution(model, masking, teacher, None, f"{type(model).__name__}.random_masking", grid_size)
+        evolution = Evolution(model, masking, teacher, None, f"{type(model).__name__}.{method}", grid_size)
     except Exception:
         undo()
         raise
     evolution.undo.append(undo)
     evolution.note_images(embed)
-    evolution.replace(model, "random_masking", partial(_random_masking, spec, learned))
+    evolution.replace(model, method, partial(_random_masking, spec, learned))
     return evolution
 
 
 def _random_masking(
-    spec: CallSpec, learned: dict[Any, Any], evolution: Evolution, _: nn.Module, own: Any, *args: Any, **kwargs: Any
+    spec: CallSpec, learned: dict[Any, Any], evolution: Evolution, model: Any, own: Any, *args: Any, **kwargs: Any
 ) -> Any:
     x, mask_ratio, others = read_call(spec, args, kwargs)
+    mask_ratio = model.masking_ratio if mask_ratio is None else mask_ratio  # MONAI's
     if any(isinstance(value, Tensor) for value in others.values()):
         return own(*args, **kwargs)
     for name, value in others.items():

@@ -63,15 +63,21 @@ def grid_scores(batch_size: int, grid_size: Grid, *, period: int | Sequence[int]
     return _uniform(key, cell.view(1, -1))
 
 
-def _periods(period: int | Sequence[int], grid_size: Grid) -> tuple[int, ...]:
-    """The sides of a pattern, one an axis; a ValueError where they do not fit the grid."""
-    sides = period if isinstance(period, Sequence) else [1 if size == 1 else period for size in grid_size]
-    if not isinstance(period, Sequence) and len(grid_size) == 2:
-        return period, period  # of pictures, one number has always been allowed to be longer than a side
+def _periods(period: int | Sequence[int], grid_size: Grid) -> Sequence[int]:
+    """The sides of a pattern, one an axis."""
+    if isinstance(period, Sequence):
+        return _check_sides("period", period, period, grid_size)
+    if len(grid_size) == 2:  # of pictures, one number has always been allowed to be longer than a side
+        return period, period
+    return _check_sides("period", period, [1 if size == 1 else period for size in grid_size], grid_size)
+
+
+def _check_sides(name: str, value: Any, sides: Sequence[int], grid_size: Grid) -> Sequence[int]:
+    """The sides; a ValueError where there is not one for each axis, or one is longer than its axis."""
     if len(sides) != len(grid_size) or any(side > size for side, size in zip(sides, grid_size, strict=True)):
-        must = "be one number, or one an axis, none longer than the axis"
-        raise ValueError(f"period={period!r} does not fit a grid of {times(grid_size)} patches: it must {must}")
-    return tuple(sides)
+        must = "have one for each axis, none longer than the axis"
+        raise ValueError(f"{name}={value!r} does not fit a grid of {times(grid_size)} patches: it must {must}")
+    return sides
 
 
 def _evenly_spread(key: Tensor, size: int, period: int) -> Tensor:
@@ -136,9 +142,7 @@ def _sides_of_areas(draws: Tensor, grid_size: Grid, area: Any, aspect: Any) -> l
 
 def _sides_between(draws: Tensor, grid_size: Grid, size: Sequence[tuple[int, int]]) -> list[Tensor]:
     """The sides of blocks, each between its least and greatest, whole numbers alike."""
-    if len(size) != len(grid_size) or any(pair[1] > cells for pair, cells in zip(size, grid_size, strict=True)):
-        must = "be a (least, greatest) for each axis, none longer than the axis"
-        raise ValueError(f"size={size!r} does not fit a grid of {times(grid_size)} patches: it must {must}")
+    _check_sides("size", size, [most for _, most in size], grid_size)
     return [least + (draw * (most - least + 1)).floor() for draw, (least, most) in zip(draws, size, strict=False)]
 
 

@@ -64,8 +64,8 @@ class MaskGenerator:
             ValueError: as of `Masking.sample`.
         """
         if num_removed is not None and not (is_whole(num_removed) and 0 <= num_removed < self.num_patches):
-            wanted = f"no whole number in [0, {self.num_patches - 1}] for {self!r}"
-            raise ValueError(f"num_removed={num_removed!r} is {wanted}")
+            grid = f"no whole number in [0, {self.num_patches - 1}] for {times(self.grid_size)} patches"
+            raise ValueError(f"num_removed={num_removed!r} is {grid}")
         epoch = float(self._epoch)
         if not math.isnan(epoch) and epoch != self._own_epoch:
             cast(Any, self.masking).set_epoch(epoch)
@@ -74,7 +74,3 @@ class MaskGenerator:
         keep = self.keep if num_removed is None else self.num_patches - num_removed
         mask = self.masking.sample(1, self.grid_size, keep=keep, parts=labels, device="cpu")[0].numpy()
         return mask if num_removed is None else mask.reshape(self.grid_size)
-
-    def __repr__(self) -> str:
-        name = type(self.masking).__name__
-        return f"MaskGenerator({name}, {times(self.grid_size)} patches, mask_ratio={self.mask_ratio})"

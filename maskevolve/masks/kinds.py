@@ -86,12 +86,11 @@ class BlockMask(Masking):
         check_whole("num_blocks", num_blocks, 1, "the rectangles for each image")
         check_range("area", area, "(least, greatest) with 0 < least <= greatest <= 1", 1)
         check_range("aspect", aspect, "(least, greatest) with 0 < least <= greatest")
-        if size is not None and not (isinstance(size, (tuple, list)) and 1 <= len(size) <= 3):
-            raise ValueError(f"size={size!r} must be (least, greatest) for each of one to three axes, in patches")
-        for pair in size or ():
-            check_range("size", pair, "(least, greatest) along each axis, in patches, with 1 <= least <= greatest")
+        for pair in () if size is None else size:
+            must = "(least, greatest) for each axis, whole numbers of patches with 1 <= least <= greatest"
+            check_range("size", pair, must)
             for number in pair:
-                check_whole("size", number, 1, "(least, greatest) along each axis, in patches")
+                check_whole("size", number, 1, must)
         self.num_blocks, self.area, self.aspect, self.size = int(num_blocks), area, aspect, size
 
     def draw(self, batch_size: int, grid_size: Grid, parts: Tensor | None, **source: Any) -> Tensor:

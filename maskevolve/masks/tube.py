@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..grid import Grid, GridSize, check_axis, check_grid, repeat_along, times
+from ..grid import Grid, GridSize, check_grid, repeat_along, times, without_axis
 from . import functional as F
 from .base import Masking, check_masking
 
@@ -76,8 +76,7 @@ class TubeMask(Masking):
 
     def _drawn(self, grid: Grid) -> tuple[int, Grid]:
         """The axis, and the grid without it."""
-        axis = check_axis(self.axis, grid)
-        drawn = grid[:axis] + grid[axis + 1 :]
+        axis, drawn = without_axis(self.axis, grid)
         if self.mask.grid_size is not None and check_grid(self.mask.grid_size) != drawn:
             left = f"a grid of {times(grid)} patches has {times(drawn)} without axis={self.axis}"
             raise ValueError(f"{left}, but the mask that is repeated has grid_size={self.mask.grid_size!r}")
@@ -87,7 +86,7 @@ class TubeMask(Masking):
         if not isinstance(parts, Tensor) or parts.shape[1:] != (math.prod(grid),):
             return parts  # those of the grid that is drawn, which the mask that is repeated checks
         cells: Tensor = F.check_parts(parts, owner=type(self).__name__).unflatten(1, grid)
-        return cells.mode(check_axis(self.axis, grid) + 1).values.flatten(1)
+        return cells.mode(self._drawn(grid)[0] + 1).values.flatten(1)
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (f"axis={self.axis}", super().extra_repr())))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..grid import GridSize, check_axis, every, repeat_along
+from ..grid import GridSize, every, repeat_along, without_axis
 from .affinity import Partitioner, check_affinity, interpolate, strided_grid
 from .graph_cut import check_images
 
@@ -48,8 +48,8 @@ class TubePartitioner(nn.Module):
             raise ValueError("tubes need grid_size=(T, H, W), that of the patches in the affinity")
         affinity = check_affinity(affinity)
         grid = strided_grid(affinity.shape[-1], grid_size, stride)
-        axis, how = check_axis(self.axis, grid), dict[str, Any]()
-        left, coarse = grid[:axis] + grid[axis + 1 :], [len(every(side, stride)) for side in grid]
+        (axis, left), how = without_axis(self.axis, grid), dict[str, Any]()
+        coarse = [len(every(side, stride)) for side in grid]
         flat = self.partitioner.clean(affinity) if isinstance(self.partitioner, Partitioner) else affinity
         flat = flat if flat.ndim == 3 else flat.mean(1)
         flat = flat.unflatten(2, coarse).mean(2 + axis).unflatten(1, coarse).mean(1 + axis)

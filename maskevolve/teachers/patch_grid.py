@@ -67,16 +67,10 @@ def channels_first(model: nn.Module, images: Tensor) -> Tensor:
     if images.ndim != 2 + axes:
         sides = {1: "length", 2: "height, width", 3: "frames or depth, height, width"}[axes]
         raise ValueError(f"images has shape {shape}, but must be [B, C, {sides}]: pass images[None] for one")
-    if axes == 3 and layout.channels in shape[1:3] and _is_frames_first(model, layout.channels, shape):
-        return images.transpose(1, 2)
-    return images
-
-
-def _is_frames_first(model: nn.Module, channels: int | None, shape: Any) -> bool:
-    """Whether clips are [B, frames, C, height, width], as Hugging Face has them, and not [B, C, frames, ...]."""
-    if shape[1] != shape[2]:
-        return bool(shape[2] == channels)
-    return hasattr(patch_embedding(model), "tubelet_size")  # as many frames as channels: by the name of its patches
+    # Clips of Hugging Face are [B, frames, C, height, width]; as many frames as channels tell that by a name alone.
+    by_name = shape[1] != shape[2] or hasattr(patch_embedding(model), "tubelet_size")
+    is_frames_first = axes == 3 and layout.channels == shape[2] and by_name
+    return images.transpose(1, 2) if is_frames_first else images
 
 
 def whole_patches(model: nn.Module, images: Tensor) -> Tensor:

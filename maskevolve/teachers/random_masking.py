@@ -84,7 +84,8 @@ def learn_results(call: Callable[[], Any], x: Tensor) -> tuple[Result, ...]:
     orders = [
         each for each in values if isinstance(each, Tensor) and (each.dtype, each.shape) == (torch.int64, x.shape[:2])
     ]
-    orders = orders or [_complete(each, x.shape[1]) for each in values if _is_index(each, x)]
+    kept = (each for each in values if isinstance(each, Tensor) and (each.dtype, each.ndim) == (torch.int64, 2))
+    orders = orders or [_complete(each, x.shape[1]) for each in kept if len(each) == len(x)]
     for ids_restore in [either for each in orders for either in (each, each.argsort(1))]:
         results = [result for value in values if (result := _recognise(value, x, ids_restore))]
         # Which of these two it is, the other values tell.
@@ -99,13 +100,8 @@ def learn_results(call: Callable[[], Any], x: Tensor) -> tuple[Result, ...]:
     )
 
 
-def _is_index(value: Any, x: Tensor) -> bool:
-    """Whether a value may be ids_keep, as MONAI returns it without ids_restore."""
-    return isinstance(value, Tensor) and value.dtype == torch.int64 and value.ndim == 2 and len(value) == len(x)
-
-
 def _complete(kept: Tensor, number: int) -> Tensor:
-    """ids_shuffle: the patches that are kept, then the others."""
+    """ids_shuffle of ids_keep, as MONAI returns it without the rest: the patches that are kept, then the others."""
     place = torch.arange(kept.shape[1], device=kept.device).expand_as(kept) - number
     return kept.new_zeros(len(kept), number).scatter_(1, kept, place).argsort(dim=1, stable=True)
 

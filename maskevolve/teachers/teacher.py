@@ -344,11 +344,11 @@ class FrozenTeacher(_Teacher):
             if isinstance(module, nn.Module) and any(each.device != images.device for each in tensors_of(module)):
                 module.to(images.device)
         seen: Any = images if self.transform is None else self.transform(images)
-        is_tensor = isinstance(seen, Tensor)
-        if not is_tensor or (len(seen) % len(images) if len(images) else len(seen)) or (len(images) and not len(seen)):
-            what = list(seen.shape) if is_tensor else type(seen).__name__
-            must = f"for images of shape {list(images.shape)}, but must return [{len(images)}, C, height, width], or "
-            must += "a multiple of as many"
+        count = len(images)
+        if not isinstance(seen, Tensor) or len(seen) % max(count, 1) or (len(seen) > 0) != (count > 0):
+            what = list(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__
+            must = f"for images of shape {list(images.shape)}, but must return [{count}, C, height, width], or {count} "
+            must += "times as many steps"
             raise ValueError(f"transform returned {what} {must}")
         return self.model, [tensor.dtype for tensor in tensors_of(self.model)], seen
 

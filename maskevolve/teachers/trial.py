@@ -141,9 +141,7 @@ def _try_pictures(model: nn.Module, run: Callable[[Tensor], T], images: Tensor |
 
 
 def _pictures(model: nn.Module, images: Tensor | None) -> Iterator[Tensor]:
-    """Pictures to try: noise, then with another left half, upper half, first half; as `images`, as the model's own, as
-    is likely.
-    """
+    """Pictures to try: noise, then with other halves; in the shape of `images`, the model's own, or a likely one."""
     embed = patch_embedding(model)
     modules = [*([] if embed is None else embed.modules()), model]
     owners = (*modules, getattr(model, "config", None))
@@ -169,9 +167,8 @@ def _pictures(model: nn.Module, images: Tensor | None) -> Iterator[Tensor]:
 def _halve(pictures: Tensor) -> None:
     """Give each picture the second half of the first one, along one axis after the other, the last axis first."""
     for place in range(1, len(pictures)):
-        half = pictures.shape[-place] // 2
-        there = slice(half, None)
-        pictures[place].movedim(-place, 0)[there] = pictures[0].movedim(-place, 0)[there]
+        half, first = pictures.shape[-place] // 2, pictures[0].movedim(-place, 0)
+        pictures[place].movedim(-place, 0)[half:] = first[half:]
 
 
 def _likely_shapes(model: nn.Module, channels: int, owners: Sequence[Any]) -> list[Shape]:
@@ -200,9 +197,8 @@ def _likely_sizes(model: nn.Module) -> list[Shape]:
         kernel, stride, *_ = patch_layout(model)
     tables = [each.shape[1] for each in (*model.parameters(), *model.buffers()) if each.ndim == 3 and len(each) == 1]
     if len(kernel) == 1:  # of a series, they have a place for each patch, and for tokens before these
-        sides = sorted({count - prefix for count in tables for prefix in (0, 1) if count > 3}, reverse=True)
-    else:
-        sides = sorted({math.isqrt(count) for count in tables if count > 3}, reverse=True)
+        tables = [(count - prefix) ** 2 for count in tables for prefix in (0, 1)]
+    sides = sorted({math.isqrt(count) for count in tables if count > 3}, reverse=True)
     last = [*zip(stride, kernel, strict=True)][-2:]
     return [*(tuple((side - 1) * step + reach for step, reach in last) for side in [*sides, 4]), (224, 224)]
 
