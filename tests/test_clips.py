@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from clips import HOSTS, Video, make
+from clip_hosts import HOSTS, Video, make
 from hosts import anatomy
 from torch import nn
 from vits import MAE
