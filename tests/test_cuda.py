@@ -13,7 +13,7 @@ from test_mincut import random_grid
 from test_split import gram_of, random_edges, random_features, random_sides
 from vits import photographs
 
-from maskevolve import EvolvingMask, GraphCutPartitioner
+from maskevolve import BlockMask, EvolvingMask, GraphCutPartitioner, GridMask, PartMask, TubeMask, TubePartitioner
 from maskevolve.masks import functional as F
 from maskevolve.parts import kernel_trial
 from maskevolve.parts.edges import contrast_edges
@@ -203,3 +203,24 @@ def test_scores_have_the_order_of_the_cpu_without_a_wait_and_nan_is_removed_firs
     assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, F.mask_patches(x, scores), strict=True))
     assert (ours.mask.sum(1) == 147).all()
     assert value is None or not dtype.is_floating_point or (ours.mask[:, 5] == 1).all()
+
+
+CLIP = (8, 14, 14)
+OF_CLIPS = [GridMask((1, 2, 2)), BlockMask(), TubeMask(PartMask()), TubeMask(EvolvingMask(4).set_epoch(2))]
+
+
+@pytest.mark.parametrize("masking", OF_CLIPS, ids=lambda masking: repr(masking).split("(")[0])
+def test_masks_of_clips_do_not_wait_for_the_gpu(masking):
+    x, parts = torch.randn(4, 1568, 8, device="cuda"), random_parts(4, 1568).cuda()
+    masking = masking.cuda()
+    with no_host_sync():
+        mask = masking(x, keep=156, parts=parts if masking.needs_parts else None, grid_size=CLIP).mask
+    assert mask.sum(1).tolist() == [1412] * 4
+
+
+@pytest.mark.parametrize("partitioner", [GraphCutPartitioner(6), TubePartitioner(GraphCutPartitioner(6))])
+def test_parts_of_clips_are_those_of_the_cpu(partitioner):
+    affinity, images = planted_attention(2, 12, 12, 6)[1], torch.rand(2, 3, 8, 24, 24)
+    grid = (4, 6, 6)
+    expected = partitioner(affinity, grid_size=grid, images=images)
+    assert torch.equal(partitioner(affinity.cuda(), grid_size=grid, images=images.cuda()).cpu(), expected)

@@ -546,3 +546,16 @@ def frozen_bits():
 
 def test_pictures_have_the_bits_that_they_had_before_there_were_other_grids():
     assert frozen_bits() == FROZEN
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: GridMask((1, 2, 2)), BlockMask, lambda: TubeMask(EvolvingMask(4).set_epoch(1))]
+)
+def test_masks_of_clips_compile_whole(make):
+    masking, x, parts = make(), torch.randn(2, *VOLUME, 3), torch.arange(24).expand(2, -1) // 5
+    torch._dynamo.reset()
+    masks = []
+    for mask in (masking, torch.compile(masking, fullgraph=True, backend="eager")):
+        torch.manual_seed(0)
+        masks.append(mask(x, 0.5, parts=parts if masking.needs_parts else None))
+    assert all(map(torch.equal, *masks))
