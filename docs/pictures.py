@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import io
 import re
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -27,7 +29,11 @@ from maskevolve.parts import mincut
 from maskevolve.schedule import alpha_at, num_parts_at, num_parts_by
 from maskevolve.viz import mask_picture, part_picture
 
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import video
+
 DOCS = Path(__file__).parent
+
 WIDTH, DPI, FONT = 4.2, 150, 8  # inches, pixels an inch, points: readable where a page is 400 pixels wide
 WIDEST = 800  # pixels
 GAP, LINE = 0.05, 0.14  # inches, between panels and for a line of a title
@@ -229,9 +235,17 @@ def quickstart() -> Figure:
     return figure
 
 
+def tubes() -> Figure:
+    """What the example of video draws."""
+    with mock.patch.object(Figure, "savefig", autospec=True) as saved, tempfile.TemporaryDirectory() as out:
+        video.main(["--out", out])
+    figure: Figure = saved.call_args.args[0]
+    return figure
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
     drawing.__name__: drawing
-    for drawing in (masks, evolving, schedules, own_masks, noise, cut, tree, smoothness, own_parts, quickstart)
+    for drawing in (masks, evolving, schedules, own_masks, noise, cut, tree, smoothness, own_parts, quickstart, tubes)
 }
 
 

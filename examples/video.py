@@ -21,7 +21,7 @@ from maskevolve.viz import evolution_figure
 FRAMES, SIDE, PATCH = 16, 48, (2, 6, 6)
 GRID = (8, 8, 8)
 SHAPES = 3
-SNAPSHOTS = 4
+SNAPSHOTS = 3
 
 
 def draw_clips(number: int, generator: torch.Generator) -> Tensor:
@@ -41,7 +41,7 @@ def draw_clips(number: int, generator: torch.Generator) -> Tensor:
         is_disc, radius = draw(0, 1, 1, 1, 1, 1) < 0.5, draw(0.12, 0.25, 1, 1, 1, 1)
         inside = torch.where(is_disc, row**2 + column**2 < radius**2, torch.maximum(row.abs(), column.abs()) < radius)
         clips = torch.where(inside, draw(0.3, 1, 3, 1, 1, 1), clips)
-    return (clips + 0.03 * torch.randn(clips.shape, generator=generator)).clamp(0, 1)
+    return clips
 
 
 def main(argv: list[str] | None = None) -> list[float]:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--parts", choices=("tubes", "space-time"), default="tubes")
     parser.add_argument("--epochs", type=int, default=12, help="default: 12")
     parser.add_argument("--clips", type=int, default=96, help="clips an epoch (default: 96)")
-    parser.add_argument("--mask-ratio", type=float, default=0.9, help="share of the patches to remove (default: 0.9)")
+    parser.add_argument("--mask-ratio", type=float, default=0.75, help="share of the patches to remove (default: 0.75)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/video"), help="where to write (default: runs/video)")
     args = parser.parse_args(argv)

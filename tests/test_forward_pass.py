@@ -334,7 +334,7 @@ def test_labels_of_patches_in_one_or_three_dimensions():
             return self.random_masking(self.patch_embed(clips).mT + self.pos_embed, 0.75)[1]
 
     model, parts = Video(), torch.arange(128).expand(2, -1) // 16
-    evolution = apply_to_mae(model, PartMask())
+    evolution = apply_to_mae(model, PartMask(), grid_size=(2, 8, 8))
     evolution.see(parts=parts)
     mask = model(torch.randn(2, 3, 4, 64, 64))
     assert mask.view(2, 8, 16).sum(2).unique().tolist() == [0, 16], "whole parts"

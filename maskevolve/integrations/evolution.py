@@ -6,7 +6,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from inspect import Parameter, signature
@@ -414,7 +414,12 @@ class Evolution:
 
     def _grid_of(self, x: Tensor, images: Tensor | None) -> Grid:
         if self._grid_size is not None:
-            return resolve_grid(x.shape[1], self._grid_size)
+            said, own = resolve_grid(x.shape[1], self._grid_size), None
+            with suppress(ValueError):
+                own = None if images is None else patch_grid(self.model, images)
+            if own not in (None, said) and math.prod(own or ()) == x.shape[1]:
+                raise ValueError(f"grid_size={said} was said, but the patch embedding makes {times(own or ())} patches")
+            return said
         if not self._has_grid:  # it does not matter where patches lie
             return resolve_grid(x.shape[1], self.masking.grid_size or (1, x.shape[1]))
         images = self._refuse_patches() if images is None else images

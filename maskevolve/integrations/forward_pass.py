@@ -101,7 +101,7 @@ def is_same_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def _size(images: Tensor) -> tuple[int, int, torch.Size]:
-    return images.ndim, len(images), images.shape[2:]
+    return images.ndim, len(images), images.shape[max(2, images.ndim - 2) :]  # frames and channels may change places
 
 
 def _source(x: Tensor, made: list[Any]) -> int:

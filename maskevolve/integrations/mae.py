@@ -16,8 +16,7 @@ from ..teachers.random_masking import CallSpec, UnknownResultsError, arrange, ca
 from .eager import Eager
 from .evolution import Evolution, Teacher
 
-METHODS = ("random_masking", "patch_embed"), ("_masking", "patch_embedding")
-"""What masks and what embeds patches, in an MAE and in MONAI's."""
+METHODS = ("random_masking", "patch_embed"), ("_masking", "patch_embedding")  # of an MAE, and of MONAI's
 
 
 def apply_to_mae(

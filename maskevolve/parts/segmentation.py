@@ -68,6 +68,7 @@ def labels_to_parts(labels: Any, grid_size: GridSize, ignore: int | None = None)
         labels = _majority(labels, grid, ignore)
     if labels.shape[1:] != (math.prod(grid),):
         give = f"labels [B, N], or maps [B, {SIDES[len(grid)]}]: labels[:, 0] drops a channel"
+        give += ", labels[:, None] is one map for all steps of the first axis" * (labels.ndim == len(grid) > 2)
         axes = f"N={math.prod(grid)} patches along {len(grid)} axes: give {give}"
         raise ValueError(f"parts has shape {list(labels.shape)}, but {grid_size=} has {axes}")
     return torch.where((labels < 0).any(1, keepdim=True), renumber(labels), labels)

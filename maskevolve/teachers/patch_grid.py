@@ -68,7 +68,7 @@ def channels_first(model: nn.Module, images: Tensor) -> Tensor:
         sides = {1: "length", 2: "height, width", 3: "frames or depth, height, width"}[axes]
         raise ValueError(f"images has shape {shape}, but must be [B, C, {sides}]: pass images[None] for one")
     # Clips of Hugging Face are [B, frames, C, height, width]; as many frames as channels tell that by a name alone.
-    by_name = shape[1] != shape[2] or hasattr(patch_embedding(model), "tubelet_size")
+    by_name = shape[1] != shape[2] or getattr(model, "frames_first", hasattr(patch_embedding(model), "tubelet_size"))
     is_frames_first = axes == 3 and layout.channels == shape[2] and by_name
     return images.transpose(1, 2) if is_frames_first else images
 

@@ -133,6 +133,7 @@ def _try_pictures(model: nn.Module, run: Callable[[Tensor], T], images: Tensor |
     shape, cause = next(iter(tried.items()))
     of_size = image_size(model) is None and len({str(error) for error in tried.values()}) > 1
     advice = ". Where it takes images of one size, set model.img_size = (height, width), in pixels" if of_size else ""
+    advice += ". For clips, set model.num_frames, too" * ("[4, " in shape)  # four pictures have three axes
     raise ValueError(
         f"{type(model).__name__} could not be tried on a picture. Tried: {', '.join(tried)}. Its error at {shape}: "
         f"{type(cause).__name__}: {cause}. It must take images [B, C, height, width] alone: pass the encoder that does "
@@ -177,12 +178,15 @@ def _likely_shapes(model: nn.Module, channels: int, owners: Sequence[Any]) -> li
     with suppress(PatchGridError):
         kernel = patch_layout(model).kernel
     sizes = [size] if size else _likely_sizes(model)
-    if len(kernel) == 1:
-        return [(channels, each[0]) for each in sizes]
-    if len(kernel) == 2 or (size and len(size) == 3):
-        return [(channels, *each) for each in sizes]
+    if len(kernel) < 3:
+        return [(channels, *each[: len(kernel)]) for each in sizes]
+    if size and len(size) == 3:
+        return [(channels, *size), (size[0], channels, *size[1:])]
     counts = (getattr(owner, name, None) for owner in owners for name in ("num_frames", "frames"))
     own = [count for count in counts if isinstance(count, int)][:1]
+    for height, width in sizes if size and not own else ():  # as many as position embeddings have a place for
+        frame = (height // kernel[1]) * (width // kernel[2]) or 1
+        own += [tokens // frame * kernel[0] for tokens in _tables(model) if tokens >= frame and tokens % frame < 3]
     frames = [(channels, *frame, *each) for each in sizes for frame in ((1,), ()) if kernel[0] == 1]
     known, likely = ([(channels, count, *each) for each in sizes for count in some] for some in (own, [4 * kernel[0]]))
     cubes = [(channels, *each, each[-1]) for each in sizes]
@@ -190,12 +194,17 @@ def _likely_shapes(model: nn.Module, channels: int, owners: Sequence[Any]) -> li
     return [*known, *first_frames[: len(known)], *frames, *likely, *cubes, *first_frames[len(known) :]]
 
 
+def _tables(model: nn.Module) -> list[int]:
+    """The numbers of tokens that have position embeddings, [1, tokens, width]."""
+    return [each.shape[1] for each in (*model.parameters(), *model.buffers()) if each.ndim == 3 and len(each) == 1]
+
+
 def _likely_sizes(model: nn.Module) -> list[Shape]:
     """What a model may be made for, as its position embeddings, [1, tokens, width], tell; and others."""
     kernel = stride = Grid((16, 16))
     with suppress(PatchGridError):
         kernel, stride, *_ = patch_layout(model)
-    tables = [each.shape[1] for each in (*model.parameters(), *model.buffers()) if each.ndim == 3 and len(each) == 1]
+    tables = _tables(model)
     if len(kernel) == 1:  # of a series, they have a place for each patch, and for tokens before these
         tables = [(count - prefix) ** 2 for count in tables for prefix in (0, 1)]
     sides = sorted({math.isqrt(count) for count in tables if count > 3}, reverse=True)
@@ -252,7 +261,10 @@ def check_patches(model: nn.Module) -> None:
         return  # for these cannot be run a part at a time
     try:
         problem = trial_of(model).problem
-    except ValueError:
+    except ValueError as error:
+        if len(patch_layout(model).kernel) != 2:
+            how = "the order of its patches cannot be seen: say it with grid_size=..., where masks are applied"
+            raise ValueError(f"{error}. So {how}") from error
         # Of an encoder that takes more than images, the patch embedding is tried alone.
         problem, _ = "", _try_pictures(model, patch_embedding(model))
     if problem:
