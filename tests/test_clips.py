@@ -251,3 +251,52 @@ def test_a_grid_that_the_embedding_does_not_tell_must_be_said(name, masking):
     with pytest.raises(ValueError, match=r"\(2, 3, 5\) has 2 x 3 x 5 = 30 patches, but there are N=45"):
         run(grid_size=(2, 3, 5))
     run(grid_size=(3, 3, 5))
+
+
+class FramesFirst(Video):
+    """One that transposes clips before it embeds them."""
+
+    def forward_encoder(self, x, mask_ratio):
+        return super().forward_encoder(x.transpose(1, 2), mask_ratio)
+
+    def forward_loss(self, images, prediction, mask):
+        return super().forward_loss(images.transpose(1, 2), prediction, mask)
+
+
+class Backwards(Video):
+    """One whose patches are in another order."""
+
+    def forward_encoder(self, x, mask_ratio):
+        x, mask, ids_restore, _ = self.random_masking(self.patch_embed(x).transpose(1, 2).flatten(1, 2), mask_ratio)
+        return self.run_blocks(x), mask, ids_restore
+
+
+@pytest.mark.parametrize("frames", [8, 3])
+def test_a_model_that_transposes_clips_is_taught_the_clips_that_it_is_given(frames):
+    torch.manual_seed(0)
+    model = FramesFirst(frames, frames // 3 or 1)
+    model.frames_first = True  # which matters with as many frames as channels
+    teacher = PartTeacher(model, TubePartitioner(GraphCutPartitioner()), total_epochs=4, num_parts=(4, 4))
+    evolution = apply_to_mae(model, TubeMask(EvolvingMask(4)), teacher).set_epoch(3)
+    clips = torch.randn(2, frames, 3, 24, 40)
+    assert model(clips)[0].isfinite()
+    parts = evolution.last_parts.unflatten(1, (-1, 15))
+    assert torch.equal(parts, parts[:, :1].expand_as(parts))
+    assert torch.equal(teacher(clips, (parts.shape[1], 3, 5)), evolution.last_parts)
+
+
+def test_an_order_that_cannot_be_seen_is_refused_and_a_grid_that_is_said_wrongly():
+    with pytest.raises(ValueError, match="where half of a picture changed"):
+        apply_to_mae(Backwards(), TubeMask(RandomMask()))
+    hidden = Video()
+    hidden.forward_encoder = None
+    hidden.forward = lambda clips, dates: hidden.random_masking(hidden.patch_embed(clips).flatten(1, 2), 0.75)
+    with pytest.raises(ValueError, match=r"the order of its patches cannot be seen: say it with grid_size="):
+        apply_to_mae(hidden, TubeMask(RandomMask()))
+    evolution = apply_to_mae(hidden, TubeMask(RandomMask()), grid_size=(4, 3, 5))
+    hidden(torch.randn(2, 3, 8, 24, 40), None)
+    assert (evolution.last_mask.view(2, 4, 15).sum(2) == 12).sum() >= 4
+    evolution.remove()
+    apply_to_mae(hidden, TubeMask(RandomMask()), grid_size=(4, 5, 3))
+    with pytest.raises(ValueError, match=r"\(4, 5, 3\) was said, but the patch embedding makes 4 x 3 x 5"):
+        hidden(torch.randn(2, 3, 8, 24, 40), None)

@@ -45,9 +45,9 @@ def random_scores(batch_size: int, grid_size: Grid, **source: Any) -> Tensor:
 def grid_scores(batch_size: int, grid_size: Grid, *, period: int | Sequence[int] = 2, **source: Any) -> Tensor:
     """One uniform draw for each cell of a pattern that is tiled over the patch grid: p_grid of GridMask.
 
-    The sides of the pattern are `period` patches. Each image has draws of its own.
-    On one axis, cells are split into such patterns again and again: at any ratio, what is left lies evenly along it.
-    Else, see `random_scores`.
+    The sides of the pattern are `period` patches. Each image has draws of its own. On one axis, cells are split into
+    such patterns again and again, so that what is left of a cell that is cut lies evenly, too. Else, see
+    `random_scores`.
 
     Examples:
         >>> grid_scores(1, (4, 4)).unique().numel()

@@ -32,8 +32,8 @@ class GridMask(Masking):
 
     Args:
         period: side of the pattern, in patches: at 2 and mask_ratio 0.75, one cell of four stays. Or one number an
-            axis, such as (1, 2, 2) for the same cells in every frame. On one axis, what stays lies evenly along it at
-            any ratio: at 0.75, every fourth patch.
+            axis, such as (1, 2, 2) for the same cells in every frame. On one axis, a cell that is cut leaves every
+            `period`-th of its patches, and so on: at 2, every fourth patch stays at 0.75; at 5, every fifth at 0.8.
         grid_size: as in `Masking`.
 
     Examples:
