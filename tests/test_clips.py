@@ -303,7 +303,8 @@ def test_an_order_that_cannot_be_seen_is_refused_and_a_grid_that_is_said_wrongly
         apply_to_mae(hidden, TubeMask(RandomMask()))
     evolution = apply_to_mae(hidden, TubeMask(RandomMask()), grid_size=(4, 3, 5))
     hidden(torch.randn(2, 3, 8, 24, 40), None)
-    assert (evolution.last_mask.view(2, 4, 15).sum(2) == 12).sum() >= 4
+    mask = evolution.last_mask.view(2, 4, 15)
+    assert ((mask != mask[:, :1]).any(1).sum(1) <= 1).all(), "one tube at most is cut"
     evolution.remove()
     apply_to_mae(hidden, TubeMask(RandomMask()), grid_size=(4, 5, 3))
     with pytest.raises(ValueError, match=r"\(4, 5, 3\) was said, but the patch embedding makes 4 x 3 x 5"):
