@@ -19,7 +19,7 @@ class MaskGenerator:
     patches to remove. Drawn with torch's default generator, which a DataLoader seeds in each of its processes.
 
     Args:
-        masking: the mask.
+        masking: the mask. It is moved by `set_epoch` of the generator: its own reaches no process that is alive.
         grid_size: the side of a square patch grid, or (L,), (H, W), (T, H, W) or (D, H, W), in patches.
         mask_ratio: share of patches to remove, in [0, 1), where a call does not say how many.
 
