@@ -2,11 +2,14 @@
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from clip_hosts import HOSTS, Video, make
+from clip_hosts import HOSTS, Embed, Video, make
 from hosts import anatomy
+from timm.models.vision_transformer import Block
 from torch import nn
 from vits import MAE
 
@@ -309,3 +312,34 @@ def test_an_order_that_cannot_be_seen_is_refused_and_a_grid_that_is_said_wrongly
     apply_to_mae(hidden, TubeMask(RandomMask()), grid_size=(4, 5, 3))
     with pytest.raises(ValueError, match=r"\(4, 5, 3\) was said, but the patch embedding makes 4 x 3 x 5"):
         hidden(torch.randn(2, 3, 8, 24, 40), None)
+
+
+class Given(nn.Module):
+    """As the encoder of the official VideoMAE: given its mask, it runs what that leaves."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch_embed = Embed(3, (2, 8, 8), patch_size=(8, 8), img_size=(24, 40), num_patches=60)
+        self.positions = torch.randn(1, 60, 48)
+        self.blocks = nn.ModuleList([Block(48, 3), Block(48, 3)])
+
+    def forward(self, clips, mask):
+        x = self.patch_embed(clips) + self.positions
+        return nn.Sequential(*self.blocks)(x[~mask].view(len(x), -1, 48))
+
+
+def test_the_wrapper_of_the_page_draws_tubes_of_clips():
+    page = Path(__file__).parents[1] / "docs/hosts/index.md"
+    (code,) = re.findall(r"```python\n((?:(?!```).)*class Masked.*?)```", page.read_text(), re.DOTALL)
+    exec(code, names := {})
+    masked, masking, clips = (
+        names["Masked"](Given(), (4, 3, 5)),
+        TubeMask(EvolvingMask(4)),
+        torch.randn(2, 3, 8, 24, 40),
+    )
+    teacher = PartTeacher(masked, TubePartitioner(GraphCutPartitioner()), total_epochs=4, num_parts=(4, 4))
+    masking.set_epoch(3)
+    mask = masked.draw(clips, masking, teacher, 0.6)
+    assert mask.view(2, 4, 15).sum(2).tolist() == [[9] * 4] * 2
+    assert masked.model(clips, mask).shape == (2, 24, 48)
+    teacher.update(masked)

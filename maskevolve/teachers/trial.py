@@ -184,9 +184,10 @@ def _likely_shapes(model: nn.Module, channels: int, owners: Sequence[Any]) -> li
         return [(channels, *size), (size[0], channels, *size[1:])]
     counts = (getattr(owner, name, None) for owner in owners for name in ("num_frames", "frames"))
     own = [count for count in counts if isinstance(count, int)][:1]
+    places = [*_tables(model), *(each for owner in owners if isinstance(each := getattr(owner, "num_patches", 0), int))]
     for height, width in sizes if size and not own else ():  # as many as position embeddings have a place for
         frame = (height // kernel[1]) * (width // kernel[2]) or 1
-        own += [tokens // frame * kernel[0] for tokens in _tables(model) if tokens >= frame and tokens % frame < 3]
+        own += [tokens // frame * kernel[0] for tokens in places if tokens >= frame and tokens % frame < 3]
     frames = [(channels, *frame, *each) for each in sizes for frame in ((1,), ()) if kernel[0] == 1]
     known, likely = ([(channels, count, *each) for each in sizes for count in some] for some in (own, [4 * kernel[0]]))
     cubes = [(channels, *each, each[-1]) for each in sizes]
