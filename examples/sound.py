@@ -7,22 +7,16 @@ python examples/sound.py   # half a minute on two cores; notes.png at the end
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
-from patch_mae import PatchMAE
+from patch_mae import PatchMAE, draw, make_parser, train
 from torch import Tensor
-from tqdm import tqdm
 
 from maskevolve import EvolvingMask, GraphCutPartitioner, PartTeacher
 from maskevolve.integrations import apply_to_mae
-from maskevolve.viz import evolution_figure
 
 RATE, STEPS, HOP = 4000, 64, 128  # samples a second; patches; samples a patch
 FREQUENCIES = 64
 PITCHES = 220 * 2 ** (torch.arange(24) / 12)  # hertz, two octaves
-SNAPSHOTS = 4
 
 
 def draw_waves(number: int, generator: torch.Generator) -> Tensor:
@@ -48,46 +42,22 @@ def spectrograms(waves: Tensor) -> Tensor:
 
 def main(argv: list[str] | None = None) -> list[float]:
     """Train, draw notes.png, and return the loss of each epoch."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=12, help="default: 12")
+    parser = make_parser(__doc__, "sound")
     parser.add_argument("--melodies", type=int, default=256, help="melodies an epoch (default: 256)")
-    parser.add_argument("--mask-ratio", type=float, default=0.75, help="share of the steps to remove (default: 0.75)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/sound"), help="where to write (default: runs/sound)")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
+    generator, other = (torch.Generator().manual_seed(args.seed + step) for step in range(2))
 
     model = PatchMAE(FREQUENCIES, (STEPS,), (1,))
     teacher = PartTeacher(model, GraphCutPartitioner(), total_epochs=args.epochs, num_parts=(16, 8), decay=0.98)
     evolution = apply_to_mae(model, EvolvingMask(args.epochs), teacher)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    evolution.follow(optimizer)
 
-    shown, losses, snapshots = draw_waves(1, torch.Generator().manual_seed(args.seed + 1)), [], []
-    last = max(args.epochs - 1, 1)
-    wanted = {round(last * step / (SNAPSHOTS - 1)) for step in range(SNAPSHOTS)}
-    for epoch in tqdm(range(args.epochs)):
-        evolution.set_epoch(epoch)
-        total = 0.0
-        batches = spectrograms(draw_waves(args.melodies, generator)).split(32)
-        for batch in batches:
-            loss = model(batch, args.mask_ratio)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            total += float(loss.detach()) / len(batches)
-        losses.append(total)
-        if epoch in wanted:
-            with torch.no_grad(), evolution.fixed(args.seed):
-                model.eval()(spectrograms(shown), args.mask_ratio)
-            model.train()
-            title = f"epoch {epoch + 1}, alpha {evolution.alpha:.2f}"
-            snapshots.append((evolution.last_mask, evolution.last_parts, title))
-    args.out.mkdir(parents=True, exist_ok=True)
-    figure = evolution_figure(shown[:, None], *map(list, zip(*snapshots, strict=True)), (STEPS,))
-    figure.savefig(args.out / "notes.png", dpi=110)
-    print(f"the loss fell from {losses[0]:.3f} to {losses[-1]:.3f}; see {args.out / 'notes.png'}")
+    def draw_batches() -> tuple[Tensor, ...]:
+        return spectrograms(draw_waves(args.melodies, generator)).split(32)
+
+    shown = draw_waves(1, other)
+    losses, points = train(model, evolution, draw_batches, spectrograms(shown), args, 4)
+    draw(shown[:, None], points, (STEPS,), losses, args.out / "notes.png")
     return losses
 
 

@@ -13,6 +13,7 @@ GridSize = int | tuple[int, ...]
 """The side of a square patch grid, or the patches along each axis: (L,), (H, W), (T, H, W) or (D, H, W)."""
 
 AXES = "(L,), (H, W), (T, H, W) or (D, H, W)"
+SIDES = {1: "length", 2: "height, width", 3: "depth, height, width"}  # of images, by the axes of their grid
 
 
 def resolve_grid(num_patches: int, grid_size: GridSize | None, image_size: Sequence[int] | None = None) -> Grid:

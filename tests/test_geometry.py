@@ -197,6 +197,13 @@ def test_one_frame_of_a_video_is_an_image(kernel, channels):
         teacher(torch.randn(2, 3, 4, 32, 44))
 
 
+def test_one_frame_of_a_video_that_several_convolutions_embed_is_an_image():
+    embed = nn.Sequential(nn.Conv3d(3, 8, (1, 2, 2), (1, 2, 2)), nn.Conv3d(8, 16, (1, 4, 4), (1, 4, 4)))
+    embed.patch_size = (8, 8)
+    teacher = make_teacher(Vit(embed))
+    assert teacher(torch.randn(2, 3, 1, 32, 40)).shape == (2, 20)
+
+
 def test_masking_of_other_tokens_is_refused_when_the_evolution_is_made():
     class Merges(MAE):
         def random_masking(self, x, mask_ratio):

@@ -537,3 +537,31 @@ def test_images_as_bytes():
         make_teacher(MAE())(images)
     teacher = make_teacher(FromBytes(), layers=None)
     assert torch.equal(teacher(images), teacher(images.float()))
+
+
+class Masker(nn.Module):
+    def forward(self, x, mask_ratio):
+        shuffle = torch.rand(x.shape[:2]).argsort(1)
+        restore, keep = shuffle.argsort(1), int(x.shape[1] * (1 - mask_ratio))
+        return x.take_along_dim(shuffle[:, :keep, None], 1), (restore >= keep).float(), restore
+
+
+class MaskedByAModule(nn.Module):
+    """An MAE whose `random_masking` is a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        vit = make_vit()
+        self.patch_embed, self.blocks = vit.patch_embed, vit.blocks
+        self.positions, self.random_masking = nn.Parameter(torch.randn(1, 196, 192)), Masker()
+
+    def forward_encoder(self, images, mask_ratio):
+        x, mask, ids_restore = self.random_masking(self.patch_embed(images) + self.positions, mask_ratio)
+        return self.blocks(x), mask, ids_restore
+
+
+def test_all_patches_are_read_of_an_mae_that_a_module_masks():
+    model, images = MaskedByAModule(), photographs(2, 224)
+    teacher = make_teacher(model, layers=None)
+    assert torch.equal(teacher(images), teacher(images)), "no patch is shuffled"
+    assert isinstance(model.random_masking, Masker)

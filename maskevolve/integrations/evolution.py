@@ -414,11 +414,11 @@ class Evolution:
 
     def _grid_of(self, x: Tensor, images: Tensor | None) -> Grid:
         if self._grid_size is not None:
-            said, own = resolve_grid(x.shape[1], self._grid_size), None
-            with suppress(ValueError):
-                own = None if images is None else patch_grid(self.model, images)
-            if own not in (None, said) and math.prod(own or ()) == x.shape[1]:
-                raise ValueError(f"grid_size={said} was said, but the patch embedding makes {times(own or ())} patches")
+            own = said = resolve_grid(x.shape[1], self._grid_size)
+            with suppress(ValueError):  # where the patch embedding does not tell
+                own = said if images is None else patch_grid(self.model, images)
+            if own != said and math.prod(own) == x.shape[1]:
+                raise ValueError(f"grid_size={said} was said, but the patch embedding makes {times(own)} patches")
             return said
         if not self._has_grid:  # it does not matter where patches lie
             return resolve_grid(x.shape[1], self.masking.grid_size or (1, x.shape[1]))

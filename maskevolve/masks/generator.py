@@ -37,8 +37,9 @@ class MaskGenerator:
         self.masking, self.grid_size, self.mask_ratio = masking, check_grid(grid_size), mask_ratio
         self.num_patches = math.prod(self.grid_size)
         self.keep = masking.num_visible(self.grid_size, mask_ratio)
-        # Processes of a loader see it.
-        self._epoch = torch.full((), math.nan, dtype=torch.float64, device="cpu").share_memory_()
+        self._epoch = torch.full(
+            (), math.nan, dtype=torch.float64, device="cpu"
+        ).share_memory_()  # seen by all processes
         self._own_epoch = math.nan
 
     def set_epoch(self, epoch: float) -> "MaskGenerator":

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..checks import check_memory, check_number
-from ..grid import Grid, GridSize, resolve_grid, times
+from ..grid import SIDES, Grid, GridSize, resolve_grid, times
 from .affinity import Partitioner, check_affinity, interpolate, safe_divisor, strided_grid, wide_dtype
 from .edges import affinity_edges, contrast_edges, edge_weights
 from .hierarchy import PartHierarchy, check_num_parts
 from .mincut import SOLVERS, grid_min_cut
-from .segmentation import SIDES, plain_tensor
+from .segmentation import plain_tensor
 from .split import exact_dtype, whole_images
 
 FEW_PARTS = 16  # up to so many, the tree is two levels deeper than a balanced one, for uneven parts; above, one

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_tensor, is_whole
-from ..grid import Grid, GridSize, check_grid, times
-
-SIDES = {1: "length", 2: "height, width", 3: "depth, height, width"}  # of images, by the axes of their grid
+from ..grid import SIDES, Grid, GridSize, check_grid, times
 
 
 def parts_from_segmentation(labels: Tensor, grid_size: GridSize, ignore: int | None = None) -> Tensor:

@@ -73,7 +73,8 @@ def all_patches(model: nn.Module, share: float = 1.0) -> Iterator[list[Tensor]]:
     """Make an MAE keep every patch, or the first `share` of them, in order. Yields the patches that it was to mask."""
     asked = list[Tensor]()
     # Not by hasattr alone, for nn.Module takes its time to say no, and this is done in each step.
-    has = ((m, name) for m in model.modules() for name in MASKING if name in vars(m) or hasattr(type(m), name))
+    pairs = ((m, name) for m in model.modules() for name in MASKING)
+    has = ((m, name) for m, name in pairs if name in vars(m) or name in m._modules or hasattr(type(m), name))
     owner, name = next(has, (None, ""))
     if owner is None:
         yield asked

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..grid import Grid
+from ..grid import SIDES, Grid
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Unfold)
 
@@ -65,8 +65,7 @@ def channels_first(model: nn.Module, images: Tensor) -> Tensor:
     if axes == 3 and images.ndim == 4 and layout.kernel[0] == 1:
         return images[:, :, None]
     if images.ndim != 2 + axes:
-        sides = {1: "length", 2: "height, width", 3: "frames or depth, height, width"}[axes]
-        raise ValueError(f"images has shape {shape}, but must be [B, C, {sides}]: pass images[None] for one")
+        raise ValueError(f"images has shape {shape}, but must be [B, C, {SIDES[axes]}]: pass images[None] for one")
     # Clips of Hugging Face are [B, frames, C, height, width]; as many frames as channels tell that by a name alone.
     by_name = shape[1] != shape[2] or getattr(model, "frames_first", hasattr(patch_embedding(model), "tubelet_size"))
     is_frames_first = axes == 3 and layout.channels == shape[2] and by_name

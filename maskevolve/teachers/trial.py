@@ -133,7 +133,7 @@ def _try_pictures(model: nn.Module, run: Callable[[Tensor], T], images: Tensor |
     shape, cause = next(iter(tried.items()))
     of_size = image_size(model) is None and len({str(error) for error in tried.values()}) > 1
     advice = ". Where it takes images of one size, set model.img_size = (height, width), in pixels" if of_size else ""
-    advice += ". For clips, set model.num_frames, too" * ("[4, " in shape)  # four pictures have three axes
+    advice += ". For clips, set model.num_frames, too" * (len(patch_layout(model).kernel) == 3)
     raise ValueError(
         f"{type(model).__name__} could not be tried on a picture. Tried: {', '.join(tried)}. Its error at {shape}: "
         f"{type(cause).__name__}: {cause}. It must take images [B, C, height, width] alone: pass the encoder that does "
@@ -179,7 +179,8 @@ def _likely_shapes(model: nn.Module, channels: int, owners: Sequence[Any]) -> li
         kernel = patch_layout(model).kernel
     sizes = [size] if size else _likely_sizes(model)
     if len(kernel) < 3:
-        return [(channels, *each[: len(kernel)]) for each in sizes]
+        frames = [(1,), ()] if any(isinstance(owner, nn.Conv3d) for owner in owners) else [()]
+        return [(channels, *frame, *each[: len(kernel)]) for each in sizes for frame in frames]
     if size and len(size) == 3:
         return [(channels, *size), (size[0], channels, *size[1:])]
     counts = (getattr(owner, name, None) for owner in owners for name in ("num_frames", "frames"))
@@ -188,11 +189,11 @@ def _likely_shapes(model: nn.Module, channels: int, owners: Sequence[Any]) -> li
     for height, width in sizes if size and not own else ():  # as many as position embeddings have a place for
         frame = (height // kernel[1]) * (width // kernel[2]) or 1
         own += [tokens // frame * kernel[0] for tokens in places if tokens >= frame and tokens % frame < 3]
-    frames = [(channels, *frame, *each) for each in sizes for frame in ((1,), ()) if kernel[0] == 1]
+    single = [(channels, *frame, *each) for each in sizes for frame in ((1,), ()) if kernel[0] == 1]
     known, likely = ([(channels, count, *each) for each in sizes for count in some] for some in (own, [4 * kernel[0]]))
     cubes = [(channels, *each, each[-1]) for each in sizes]
     first_frames = [(count, number, *each) for number, count, *each in known + likely]
-    return [*known, *first_frames[: len(known)], *frames, *likely, *cubes, *first_frames[len(known) :]]
+    return [*known, *first_frames[: len(known)], *single, *likely, *cubes, *first_frames[len(known) :]]
 
 
 def _tables(model: nn.Module) -> list[int]:

@@ -31,8 +31,7 @@ def edge_weights(grid: Grid, axis_weights: Sequence[float] | None) -> Any:
     if axis_weights is None:
         return usual
     if len(axis_weights) != len(grid):
-        has = f"a grid of {times(grid)} patches has {len(grid)} axes: give one weight an axis"
-        raise ValueError(f"axis_weights={axis_weights!r}, but {has}")
+        raise ValueError(f"axis_weights={axis_weights!r}: give one for each axis of a grid of {times(grid)} patches")
     steps = np.abs(offsets(len(grid))[::2])
     return usual * np.where(steps, axis_weights, 1.0).prod(1)[:, None]
 
