@@ -34,7 +34,7 @@ class MaskGenerator:
 
     def __init__(self, masking: Masking, grid_size: GridSize, mask_ratio: float = 0.75) -> None:
         check_masking(masking)
-        self.masking, self.grid_size, self.mask_ratio = masking, check_grid(grid_size), mask_ratio
+        self.masking, self.grid_size = masking, check_grid(grid_size)
         self.num_patches = math.prod(self.grid_size)
         self.keep = masking.num_visible(self.grid_size, mask_ratio)
         self._epoch = torch.full(
