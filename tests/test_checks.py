@@ -9,7 +9,16 @@ import pytest
 import torch
 from vits import MAE, make_teacher
 
-from maskevolve import BlockMask, EMPartitioner, EvolvingMask, FrozenTeacher, GraphCutPartitioner, GridMask, RandomMask
+from maskevolve import (
+    BlockMask,
+    EMPartitioner,
+    EvolvingMask,
+    FrozenTeacher,
+    GraphCutPartitioner,
+    GridMask,
+    PartMask,
+    RandomMask,
+)
 from maskevolve.masks import mask_patches, num_visible
 from maskevolve.schedule import alpha_at, clamp_epoch, num_parts_at
 
@@ -45,6 +54,7 @@ REFUSED = [
     ("num_parts", GraphCutPartitioner().hierarchy(AFFINITY).cut, OR_NONE),
     *(("num_parts", kind, ["40", (40,), (40, "10"), (0, 1), (4.5, 2), None, 7]) for kind in (teacher, frozen)),
     ("period", GridMask, NOT_WHOLE),
+    *((name, PartMask, [*NO_NUMBER, -0.1, 1.1]) for name in ("share", "hint")),
     *((name, call, NOT_WHOLE) for name, call in (("num_blocks", BlockMask), ("steps", EMPartitioner))),
     *(("batch_size", partial(call, grid_size=4), NOT_WHOLE) for call in (RandomMask().scores, RandomMask().sample)),
     ("area", BlockMask, [None, 0.5, ("a", "b"), (0.1,), (0.4, 0.1), (0.1, math.nan)]),

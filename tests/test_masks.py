@@ -19,6 +19,7 @@ from maskevolve import BlockMask, EvolvingMask, GridMask, MaskedPatches, Masking
 from maskevolve.integrations import apply_to_mae
 from maskevolve.masks import fixed_masks, mask_patches, num_visible, to_unit_range
 from maskevolve.masks.fixed import FixedDraws
+from maskevolve.masks.interleave import interleaved
 from maskevolve.parts import EMPartitioner, GraphCutPartitioner
 from maskevolve.teachers import PartTeacher
 
@@ -43,7 +44,11 @@ MASKS = {
     "grid3": lambda: GridMask(period=3),
     "block": BlockMask,
     "part": PartMask,
+    "part-share": lambda: PartMask(share=0.5),
+    "part-hint": lambda: PartMask(hint=0.3),
+    "part-share-hint": lambda: PartMask(share=0.6, hint=0.1),
     "evolving": halfway,
+    "evolving-share": lambda: halfway(end=PartMask(share=0.5, hint=0.1)),
     "evolving-block": lambda: halfway(end=BlockMask()),
 }
 every_mask = pytest.mark.parametrize("make", MASKS.values(), ids=MASKS.keys())
@@ -196,6 +201,80 @@ def test_part_mask_cuts_at_most_one_part(side, num_parts, mask_ratio, seed):
     check_whole_parts(parts, mask)
 
 
+SHARES = st.one_of(st.sampled_from([0.0, 0.1, 0.29, 0.3, 0.5, 0.7, 1.0]), st.floats(0, 1))
+
+
+def random_order(num_patches: int, seed: int) -> torch.Tensor:
+    return torch.randperm(num_patches, generator=seeded(seed))[None]
+
+
+@settings(max_examples=60, deadline=None)
+@given(num_patches=st.integers(1, 40), share=SHARES, seed=st.integers(0, 10**6))
+def test_of_every_number_of_removed_patches_a_share_is_of_the_first_order(num_patches, share, seed):
+    """The oracle draws the removed patches of each number anew."""
+    first, second = random_order(num_patches, seed), random_order(num_patches, seed + 1)
+    places = interleaved(first, second, share)
+    for removed in range(1, num_patches + 1):
+        by_first = first[0].argsort().tolist()[: math.floor(removed * share + 1e-6)]
+        others = [patch for patch in second[0].argsort().tolist() if patch not in by_first]
+        expected = by_first + others[: removed - len(by_first)]
+        assert sorted(torch.where(places[0] < removed)[0].tolist()) == sorted(expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_parts=st.integers(2, 8),
+    size=st.integers(24, 32),
+    share=SHARES,
+    mask_ratio=st.floats(0.1, 0.6),
+    seed=st.integers(0, 99),
+)
+def test_no_more_than_the_share_is_removed_as_whole_parts(num_parts, size, share, mask_ratio, seed):
+    """Of parts so large that chance removes none of them whole, but for what is left of one that is cut."""
+    parts = torch.arange(num_parts).repeat_interleave(size)[None]
+    mask = PartMask(share=share, grid_size=(1, num_parts * size))
+    removed = mask.sample(1, (1, num_parts * size), mask_ratio, parts=parts, generator=seeded(seed))[0]
+    whole, cut = divmod(math.floor(share * int(removed.sum()) + 1e-6), size)
+    assert 0 <= int(removed.view(num_parts, size).all(1).sum()) - whole <= (size - cut < 16)
+
+
+def test_what_a_share_leaves_is_drawn_from_all_other_patches_alike():
+    parts = torch.arange(8).repeat_interleave(8).expand(4000, -1)
+    removed = PartMask(share=0.5).sample(4000, 8, 0.5, parts=parts, generator=seeded()).view(-1, 8, 8)
+    whole = removed.all(2)
+    assert (whole.sum(1) == 2).float().mean() > 0.99, "16 of 32: two parts of eight patches, hardly ever one by chance"
+    others = removed[~whole].float()
+    assert others.mean(0).numpy() == pytest.approx(np.full(8, 1 / 3), abs=0.02)
+    assert others.sum(1).var() == pytest.approx(8 * (1 / 3) * (2 / 3) * 40 / 47, rel=0.05), "hypergeometric"
+
+
+@pytest.mark.parametrize("share", [1, 0.5])
+def test_each_patch_of_a_hidden_part_stays_with_the_chance_of_the_hint(share):
+    parts = torch.arange(4).repeat_interleave(16).expand(2000, -1)
+    masking = PartMask(share=share, hint=0.2)
+    removed = masking.sample(2000, 8, 0.5, parts=parts, generator=seeded()).view(-1, 4, 16)
+    assert (removed.sum((1, 2)) == 32).all()
+    stays = 1 - removed.sum(2).amax(1).float().mean() / 16  # of the part of which most is hidden
+    assert stays == pytest.approx(0.2, abs=0.08)
+    assert PartMask(hint=0).sample(3, 8, 0.5, parts=parts[:3]).view(3, 4, 16).all(2).sum() == 6
+
+
+def test_hints_that_leave_too_few_patches_to_remove_are_removed_at_random():
+    parts = torch.arange(4).repeat_interleave(16).expand(1000, -1)
+    removed = PartMask(hint=1.0).sample(1000, 8, 0.75, parts=parts, generator=seeded())
+    assert (removed.sum(1) == 48).all()
+    assert removed.float().mean(0).numpy() == pytest.approx(np.full(64, 0.75), abs=0.06)
+
+
+def test_without_share_and_hint_whole_parts_are_drawn_as_before():
+    parts, scores = random_parts(3, 64), [PartMask(share=1, hint=0), PartMask()]
+    first, second = (mask.scores(3, 8, parts=parts, generator=seeded()) for mask in scores)
+    assert torch.equal(first, second)
+    assert constant_on(parts, first)
+    assert "share=0.5, hint=0.1" in repr(PartMask(share=0.5, hint=0.1))
+    assert repr(PartMask()) == "PartMask()"
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.floats(0, 8.9, allow_subnormal=False), st.integers(0, 99))
 def test_evolving_scores_equal_a_plain_loop_over_algorithm_1(height, width, epoch, seed):
@@ -276,13 +355,14 @@ def test_scores_stay_float32_in_a_half_precision_model(dtype):
             assert masking.scores(2, 4, parts=random_parts(2, 16)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("end", [PartMask, BlockMask, RandomMask])
+@pytest.mark.parametrize("end", [PartMask, partial(PartMask, share=0.5, hint=0.1), BlockMask, RandomMask])
 def test_compiles_whole_and_a_new_epoch_does_not_recompile(end):
     torch._dynamo.reset()
     masking = EvolvingMask(10, end=end()).set_epoch(0)
+    of_parts = end not in (BlockMask, RandomMask)
     backend = "inductor" if end is PartMask else "aot_eager"
     compiled = torch.compile(masking, fullgraph=True, backend=backend)
-    x, parts = torch.randn(2, 49, 4, requires_grad=True), random_parts(2, 49) if end is PartMask else None
+    x, parts = torch.randn(2, 49, 4, requires_grad=True), random_parts(2, 49) if of_parts else None
     masks = [compiled(x, 0.75, parts=parts).mask]
     with torch._dynamo.config.patch(error_on_recompile=True):
         for epoch in (1, 4.5, 9):
@@ -362,7 +442,7 @@ def test_patches_that_form_no_grid(make):
     assert EvolvingMask(10, grid_size=(5, 10))(torch.zeros(2, 50, 1)).mask.shape == (2, 50)
 
 
-OF_PARTS = [PartMask, halfway, OfParts, lambda: halfway(start=OfParts(), end=RandomMask())]
+OF_PARTS = [PartMask, lambda: PartMask(share=0.5), halfway, OfParts, lambda: halfway(start=OfParts(), end=RandomMask())]
 
 
 @pytest.mark.parametrize("make", [*OF_PARTS, lambda: EvolvingMask(10, start=OfParts(), end=RandomMask())])

@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from ..checks import check_tensor
 from ..grid import Grid, times
+from .interleave import interleaved
 from .mask_ratio import num_visible
 
 
@@ -146,16 +147,23 @@ def _sides_between(draws: Tensor, grid_size: Grid, size: Sequence[tuple[int, int
     return [least + (draw * (most - least + 1)).floor() for draw, (least, most) in zip(draws, size, strict=False)]
 
 
-def part_scores(parts: Tensor, *, device: Any = None, generator: Generator | None = None) -> Tensor:
+def part_scores(
+    parts: Tensor, *, share: float = 1.0, hint: float = 0.0, device: Any = None, generator: Generator | None = None
+) -> Tensor:
     """One uniform draw for each part, which its patches take: p_parts of PartMask.
+
+    With a share or a hint, scores are those of patches. A hint orders the patches that it keeps after all others. With
+    a share, the highest M scores are those of floor(share * M) patches by parts and of the rest at random, for each M.
 
     Args:
         parts: [B, N] of any integer type, >= 0: the part of each patch. Labels may be large and have gaps.
+        share: of the removed patches that are chosen by parts, as of PartMask.
+        hint: chance of a patch of a hidden part to stay, as of PartMask.
         device: where to draw; that of `parts` where None.
         generator: source of randomness, on the same device; torch's default one where None.
 
     Returns:
-        Scores [B, N] float32 in [0, 1).
+        Scores [B, N] float32 in [0, 1].
 
     Raises:
         ValueError: where `parts` is not [B, N], has a float type or, which only the CPU checks, has negative labels.
@@ -167,7 +175,16 @@ def part_scores(parts: Tensor, *, device: Any = None, generator: Generator | Non
     """
     labels = check_parts(parts).to(device)
     key = torch.randint(1 << 62, labels.shape[:1], device=labels.device, generator=generator)
-    return _uniform(key, labels)  # a hash of the label, not a table of draws, which needs to know the largest label
+    scores = _uniform(key, labels)  # a hash of the label, not a table of draws, which needs to know the largest label
+    if share == 1 and hint == 0:
+        return scores
+    draws = torch.rand(labels.shape, dtype=torch.float32, device=labels.device, generator=generator)
+    scores = torch.where(draws < hint, draws, hint + (1 - hint) * scores)  # the draws have the same patches last
+    if share == 1:
+        return scores
+    last = labels.shape[1] - 1
+    by_parts, at_random = (last - shuffle(each, generator)[1] for each in (scores, draws))
+    return 1 - interleaved(by_parts, at_random, share).float() / labels.shape[1]
 
 
 def check_parts(parts: Any, shape: tuple[int, ...] | None = None, owner: str = "part_scores") -> Tensor:

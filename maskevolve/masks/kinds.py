@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import check_range, check_whole, is_whole
+from ..checks import check_number, check_range, check_whole, is_whole
 from ..grid import Grid, GridSize
 from . import functional as F
 from .base import Masking
@@ -99,17 +99,38 @@ class BlockMask(Masking):
 
 
 class PartMask(Masking):
-    """Whole parts; at most one part is cut, at random, to fit the mask ratio. Its `grid_size` is that of `Masking`.
+    """Whole parts; at most one part is cut, at random, to fit the mask ratio.
     Source: Algorithm 1 of Evolved Part Masking (CVPR 2023), https://doi.org/10.1109/CVPR52729.2023.01001
+
+    Args:
+        grid_size: as in `Masking`.
+        share: at most this share of the removed patches are whole parts, from 0 to 1; the rest are drawn at random from
+            all others (HPM, https://arxiv.org/abs/2304.05919, has 0.5 at the end of its training).
+        hint: chance of each patch of a hidden part to stay visible, from 0 to 1 (the hints of AttMask,
+            https://arxiv.org/abs/2203.12719). As many more patches of other parts are removed.
 
     Examples:
         >>> import torch
-        >>> mask = PartMask().sample(1, (2, 2), 0.5, parts=torch.tensor([[0, 0, 1, 1]]))
-        >>> bool(mask[0, 0] == mask[0, 1])
-        True
+        >>> parts = torch.arange(16)[None] // 4
+        >>> mask = PartMask().sample(1, (4, 4), 0.5, parts=parts).view(4, 4)
+        >>> mask.sum(1).sort().values
+        tensor([0, 0, 4, 4])
+        >>> mask = PartMask(share=0.5).sample(1, (4, 4), 0.5, parts=parts).view(4, 4)
+        >>> int(mask.sum()), bool((mask.sum(1) == 4).any())
+        (8, True)
     """
 
     needs_parts, needs_grid = True, False  # the parts say which patches go together
 
+    def __init__(self, grid_size: GridSize | None = None, *, share: float = 1.0, hint: float = 0.0) -> None:
+        super().__init__(grid_size)
+        check_number("share", share, "in [0, 1]: the share of the removed patches that are whole parts", 0, 1)
+        check_number("hint", hint, "in [0, 1]: the chance of a patch of a hidden part to stay visible", 0, 1)
+        self.share, self.hint = float(share), float(hint)
+
     def draw(self, batch_size: int, grid_size: Grid, parts: Tensor | None, **source: Any) -> Tensor:
-        return F.part_scores(parts, **source)  # type: ignore[arg-type]  # refuses None
+        return F.part_scores(parts, share=self.share, hint=self.hint, **source)  # type: ignore[arg-type]  # refuses None
+
+    def extra_repr(self) -> str:
+        options = [f"share={self.share:g}"] * (self.share < 1) + [f"hint={self.hint:g}"] * (self.hint > 0)
+        return ", ".join(filter(None, (super().extra_repr(), *options)))
