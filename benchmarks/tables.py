@@ -19,6 +19,17 @@ RESULTS = Path(__file__).parent / "results"
 GPU = "nvidia-h200"
 TRAINED = ("vit_small_patch14_dinov2",)
 MODELS = {"small MAE": "small MAE", TRAINED[0]: "ViT-S", "no model": ""}
+STUDIES = ("patch4", "gpu")
+PRIMARY = {"fine_tuned": "fine-tuned", "knn": "k-NN"}
+SECONDARY = {
+    "linear": "linear probe",
+    "boxes": "patches of objects",
+    "regions_bsds": "regions, BSDS",
+    "regions_coco": "regions, COCO",
+    "exchanged": "background exchanged",
+    "parts_hidden": "parts hidden",
+    "patches_hidden": "patches hidden",
+}
 NO_FILE = "Not measured yet."
 NOT_MEASURED = "No GPU was at hand: these figures are still to be measured on one."
 
@@ -38,9 +49,9 @@ def render(text: str) -> str:
         "numbers": numbers,
         "known": known,
     }
-    tables["pretraining"] = pretraining
-    tables["more_pictures"] = partial(pretraining, prefix="more_")
-    tables["against_default"] = partial(pretraining, prefix="more_", rows="against_default")
+    for name in ("primary", "secondary", "confirmation"):
+        tables[name] = partial(study, name)
+    tables["old_study"] = old_study
 
     def replace(found: re.Match[str]) -> str:
         return f"<!-- {found[1]} -->\n{tables[found[1]]()}\n<!-- end -->"
@@ -178,27 +189,47 @@ def numbers() -> str:
     return by_machine("part_quality", cells, timed=False, rows="by_num_parts")
 
 
-def pretraining(prefix: str = "", rows: str = "rows") -> str:
-    """What models have learned under each mask, and differences to the baseline's runs of the same seeds."""
+def study(table: str) -> str:
+    """What models have learned under each mask: by the primary or by the other measures, or with fresh seeds."""
+    rows = "confirmation" if table == "confirmation" else "rows"
+    measures = SECONDARY if table == "secondary" else PRIMARY
 
     def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
-        return {(row["name"], column): cell for row in rows for column, cell in pretraining_cells(row, prefix).items()}
+        return {(row["name"], column): cell for row in rows for column, cell in study_cells(row, measures).items()}
 
-    return by_machine("pretraining", cells, rows=rows)
+    tables = [
+        by_machine(size, cells, timed=False, rows=rows) for size in STUDIES if any(RESULTS.glob(f"*/{size}.json"))
+    ]
+    return "\n\n".join(tables) or NO_FILE
 
 
-def pretraining_cells(row: Any, prefix: str = "") -> dict[str, str]:
-    """The cells of one mask, by column: each measure, and its difference with a 95 % interval in brackets."""
+def study_cells(row: Any, measures: dict[str, str]) -> dict[str, str]:
+    """The cells of one mask, by column: each measure, its difference with a 95 % interval in brackets, Holm's p."""
     found = {"seeds": str(row["seeds"]), "time": "" if row["time"] is None else f"{row['time']:.2f}"}
-    names = [key.removesuffix("_difference") for key in row if key.endswith("_difference")]
-    for name in (name for name in names if name.startswith("more_") == bool(prefix)):
-        cell = "" if row[name] is None else f"{row[name]:.3f}"
-        mean, low, high = row[f"{name}_difference"] or (None, None, None)
-        cell += "" if mean is None else f"; {mean:+.3f}"
-        found[name.removeprefix(prefix).replace("_", " ")] = cell + (
-            "" if low is None else f" ({low:+.3f} to {high:+.3f})"
-        )
+    for name in measures:
+        found[measures[name]] = _cell(row, name)
+        if name in PRIMARY:
+            corrected = row.get(f"{name}_holm")
+            found[f"p, {measures[name]}"] = "" if corrected is None else f"{corrected:.2g}"
     return found
+
+
+def old_study() -> str:
+    """The study with parts by colour: accuracies on the 6,000 pictures, and differences to random masks."""
+
+    def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
+        return {
+            (row["name"], name): _cell(row, f"more_{name}") for row in rows for name in ("fine_tuned", "linear", "knn")
+        }
+
+    return by_machine("pretraining", cells, timed=False)
+
+
+def _cell(row: Any, name: str) -> str:
+    cell = "" if row[name] is None else f"{row[name]:.3f}"
+    mean, low, high = row[f"{name}_difference"] or (None, None, None)
+    cell += "" if mean is None else f"; {mean:+.3f}"
+    return cell + ("" if low is None else f" ({low:+.3f} to {high:+.3f})")
 
 
 def known() -> str:

@@ -1,0 +1,71 @@
+"""Crops of pictures that people have segmented, and how well the tokens of patches tell their regions apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from segmented import UNLABELLED, majority, read_folder
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torch.nn.functional import normalize
+
+CROPS = 4  # of a picture
+SHORT_SIDE = 2  # of a picture, in crops
+LEAST = 8  # patches of the second region of a crop
+
+
+class Crops(NamedTuple):
+    images: Tensor
+    """[n, 3, size, size] uint8."""
+    regions: Tensor
+    """[n, N] int64, the region of most pixels of a patch; UNLABELLED where nobody said."""
+
+
+def read_crops(folder: Path, size: int, patch: int) -> Crops:
+    """Square crops from anywhere in the middle square of each picture, each with the regions of one person.
+
+    Args:
+        folder: pictures and label maps, as `segmented.read_folder` takes them.
+        size: side of a crop, in pixels.
+        patch: side of a patch, in pixels.
+    """
+    draws, images, regions = np.random.default_rng(0), [], []
+    for picture in read_folder(folder, SHORT_SIDE * size):
+        for number in range(CROPS):
+            top, left = (int(draws.integers(side - size + 1)) for side in picture.image.shape[1:])
+            labels = picture.people[number % len(picture.people)][top : top + size, left : left + size]
+            of_patches = majority(labels, (size // patch, size // patch)).flatten()
+            counts = np.sort(np.unique(of_patches[of_patches != UNLABELLED], return_counts=True)[1])
+            if len(counts) > 1 and counts[-2] >= LEAST:
+                images.append((picture.image[:, top : top + size, left : left + size] * 255).round().byte())
+                regions.append(torch.from_numpy(of_patches))
+    return Crops(torch.stack(images), torch.stack(regions))
+
+
+def pairs_told_apart(tokens: Tensor, regions: Tensor) -> float:
+    """How often two patches of one region have more in common than two of different regions: the area under the ROC.
+
+    Of each crop, and then the mean over the crops. It sees neither what a region is nor whether the same thing looks
+    the same elsewhere, and near patches have more in common than far ones whatever they show.
+
+    Args:
+        tokens: [n, N, D] of the patches, compared by their cosine.
+        regions: [n, N] their labels, of at least two regions a crop.
+    """
+    return float(np.mean([_told_apart(*each) for each in zip(normalize(tokens, dim=2), regions, strict=True)]))
+
+
+def _told_apart(tokens: Tensor, regions: Tensor) -> float:
+    tokens, regions = tokens[regions != UNLABELLED], regions[regions != UNLABELLED]
+    first, second = torch.triu_indices(len(tokens), len(tokens), 1)
+    return float(roc_auc_score((regions[first] == regions[second]).numpy(), (tokens @ tokens.T)[first, second].numpy()))
+
+
+def read_all(folders: Sequence[Path], size: int, patch: int) -> dict[str, Crops]:
+    """By the name of the collection: of `coco`, and of `bsds` where the folder is `bsds/test`."""
+    names = [folder.parent.name if folder.name in ("val", "test") else folder.name for folder in folders]
+    return {name: read_crops(folder, size, patch) for name, folder in zip(names, folders, strict=True)}
