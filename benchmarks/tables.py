@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 HOME = Path(__file__).parents[1]
-PAGES = [HOME / "README.md", *(HOME / f"docs/{page}.md" for page in ("costs", "parts", "results"))]
+PAGES = [HOME / "README.md", *(HOME / f"docs/{page}.md" for page in ("costs", "parts", "results", "hosts/index"))]
 PAGES.append(HOME / "benchmarks/results/README.md")
 RESULTS = Path(__file__).parent / "results"
 GPU = "nvidia-h200"
@@ -30,6 +30,8 @@ SECONDARY = {
     "parts_hidden": "parts hidden",
     "patches_hidden": "patches hidden",
 }
+TESTED = ("torch", "numpy", "scipy", "PyMaxflow", "timm", "transformers", "lightly", "pytorch-lightning")
+TESTED += ("stable-pretraining", "monai")
 NO_FILE = "Not measured yet."
 NOT_MEASURED = "No GPU was at hand: these figures are still to be measured on one."
 
@@ -48,6 +50,8 @@ def render(text: str) -> str:
         "parts": parts,
         "numbers": numbers,
         "known": known,
+        "counts": counts,
+        "versions": versions,
     }
     for name in ("primary", "secondary", "confirmation"):
         tables[name] = partial(study, name)
@@ -187,6 +191,26 @@ def numbers() -> str:
         }
 
     return by_machine("part_quality", cells, timed=False, rows="by_num_parts")
+
+
+def counts() -> str:
+    """What the default makes of three numbers of parts."""
+
+    def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
+        found = {}
+        for row in (row for row in rows if row["column"] == "bsds/test" and row["asked_for"] in (4, 10, 40)):
+            numbers = f"{row['parts']:.0f}, as even as {row['effective']:.0f}"
+            found[MODELS[row["model"]], f"{row['asked_for']} asked for"] = numbers
+        return found
+
+    return by_machine("part_quality", cells, timed=False, rows="by_num_parts")
+
+
+def versions() -> str:
+    """What CI installs."""
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (HOME / ".ci/constraints.txt").read_text(), re.MULTILINE))
+    told = ", ".join(f"{name} {pins[name]}" for name in TESTED)
+    return f"The tests run with {told}."
 
 
 def study(table: str) -> str:
