@@ -75,7 +75,7 @@ SIZES = {
     "ci": Size(32, 8, 32, 2, 2, 1, 4, 16, 3e-3, 0.05, 0.1, 50, 4),
     # A quarter of an hour a run on one core of an AMD EPYC, on the 10,000 pictures of 20 classes of Tiny-ImageNet.
     "patch4": Size(64, 4, 128, 6, 4, 1, 5, 64, 1.5e-3, 0.05, 0.1, 200, 2),
-    # Nine masks and three seeds, side by side, in some 20 minutes of an H200 by the times of the older study; none ran it.
+    # Nine masks and three seeds, side by side, in some 20 minutes of an H200, by the older study's times; not run.
     "gpu": Size(64, 4, 384, 6, 6, 2, 20, 256, 1.5e-3, 0.05, 0.1, 200, 10),
 }
 

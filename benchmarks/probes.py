@@ -17,7 +17,7 @@ from typing import Any
 import common
 import torch
 from pictures import Data, Pictures, batches, normalised
-from regions import Crops, pairs_told_apart
+from regions import COMPONENTS, DISTANCES, Crops, pairs_told_apart, whitened
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import jaccard_score
 from sklearn.neighbors import KNeighborsClassifier
@@ -39,6 +39,7 @@ SETTINGS: dict[str, Any] = {
     "label_smoothing": 0.1,
     "segmented": 500,  # pictures, of those to learn from and of those to score, whose patches are labelled
     "disturbed": 2000,  # pictures
+    "regions": {"components": COMPONENTS, "distances": list(DISTANCES)},
 }
 CANDIDATES = {
     "linear_c": (0.001, 0.01, 0.1, 1.0, 10.0),
@@ -52,9 +53,8 @@ MOST_STEPS = 1000  # of the solver
 
 def regions(encoder: nn.Module, crops: dict[str, Crops]) -> dict[str, float]:
     """How well patches of people's regions are told apart, for each collection of pictures."""
-    return {
-        f"regions_{name}": pairs_told_apart(tokens(encoder, each.images), each.regions) for name, each in crops.items()
-    }
+    found = {name: whitened(tokens(encoder, each.images)) for name, each in crops.items()}
+    return {f"regions_{name}": pairs_told_apart(found[name], each.regions) for name, each in crops.items()}
 
 
 def classification(encoder: nn.Module, fit: Pictures, test: Pictures) -> dict[str, float | None]:

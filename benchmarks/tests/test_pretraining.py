@@ -19,7 +19,7 @@ from mask_runs import SIZES, Run, Sets, file_name
 from methods import METHODS, SHUFFLED, WITH_PARTS, GreenNoise
 from pictures import MEAN, Data, crop, normalised, patches_in, random_crops
 from PIL import Image
-from regions import pairs_told_apart, read_crops
+from regions import pairs_told_apart, read_crops, whitened
 from segmented import UNLABELLED
 from tables import PRIMARY, SECONDARY, study_cells
 from test_pretrain import equal
@@ -50,11 +50,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def segmented(tmp_path_factory):
     """Pictures of two halves, one of them with a part that nobody has labelled."""
-    folder = make(tmp_path_factory.mktemp("people") / "bsds/test")
-    for index in range(3):
+    folder, draws = make(tmp_path_factory.mktemp("people") / "bsds/test"), np.random.default_rng(0)
+    for index in range(12):
         labels = np.ones((64, 64), np.uint8)
-        labels[:, 32:] = 2
-        labels[:20] = 0 if index else labels[:20]
+        labels[:, draws.integers(24, 40) :] = 2
+        labels[: draws.integers(20)] = 0
         Image.fromarray(labels * 100).save(folder / f"{index}.jpg")
         Image.fromarray(labels).save(folder / f"{index}.png")
     return folder
@@ -296,13 +296,24 @@ def test_crops_of_regions_have_two_of_them(segmented):
 
 
 def test_pairs_that_are_told_apart_by_hand():
-    """Of the 2 pairs of one region and the 4 others: both are as alike as can be, or one of them is less than all."""
-    regions = torch.tensor([[5, 5, 7, 7, UNLABELLED]])
+    """Of 2 x 2 patches: the pairs of neighbours are two of one region, above one another, and two of different ones."""
+    regions = torch.tensor([[5, 7, 5, 7]])
     east, north = [1.0, 0.0], [0.0, 1.0]
-    assert pairs_told_apart(torch.tensor([[east, east, north, north, east]]), regions) == 1
-    assert pairs_told_apart(torch.tensor([[east, east, east, east, north]]), regions) == 0.5
-    half = torch.tensor([[east, east, [0.8, 0.6], [0.8, -0.6], north]])  # cosines 1 and .28, others .8
-    assert pairs_told_apart(half, regions) == 0.5
+    assert pairs_told_apart(torch.tensor([[east, north, east, north]]), regions) == 1
+    assert pairs_told_apart(torch.tensor([[east, east, east, east]]), regions) == 0.5
+    assert pairs_told_apart(torch.tensor([[east, east, north, north]]), regions) == 0
+    half = torch.tensor([[east, east, north, [0.6, 0.8]]])  # 0 and .6 in a region, 1 and .8 between
+    assert pairs_told_apart(half, regions) == 0
+    unknown = torch.tensor([[5, 7, UNLABELLED, 7]])  # 1 in the region, 0 between
+    assert pairs_told_apart(torch.tensor([[east, north, east, north]]), unknown) == 1
+
+
+def test_whitened_tokens_tell_no_places():
+    draws = torch.randn(50, 16, 4, generator=torch.Generator().manual_seed(0))
+    places = 100 * torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    found = whitened(draws * torch.tensor([1.0, 1.0, 30.0, 30.0]) + places)
+    assert found.mean(0).abs().max() < 1e-3
+    assert found.flatten(0, 1).std(0).numpy() == pytest.approx(np.ones(4), abs=0.02)
 
 
 def test_patches_in_a_box_by_hand():
