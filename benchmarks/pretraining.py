@@ -188,7 +188,7 @@ def summary(mask: str, runs: dict[int, Any], others: dict[int, Any]) -> common.R
     """Means at the end of training, and differences to the others' runs of the same seeds."""
     pairs = [(runs[seed], others[seed]) for seed in sorted(runs) if seed in others]
     times = [duration(run) / duration(other) for run, other in pairs]
-    row: common.Row = {"name": mask, "seeds": len(runs), "pairs": len(pairs)}
+    row: common.Row = {"name": mask, "seeds": len(runs), "pairs": len(pairs), "with_parts": mask in WITH_PARTS}
     row["epochs"] = next(iter(runs.values()))["settings"]["epochs"]
     row["seconds"] = float(np.mean([run["seconds"] for run in runs.values()]))
     row["time"] = float(np.mean(times)) if times else None
