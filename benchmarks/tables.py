@@ -222,10 +222,8 @@ def study(table: str) -> str:
     def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
         return {(row["name"], column): cell for row in rows for column, cell in study_cells(row, measures).items()}
 
-    tables = [
-        by_machine(size, cells, timed=False, rows=rows) for size in STUDIES if any(RESULTS.glob(f"*/{size}.json"))
-    ]
-    return "\n\n".join(tables) or NO_FILE
+    found = [by_machine(size, cells, timed=False, rows=rows) for size in STUDIES]
+    return "\n\n".join(table for table in found if table != NO_FILE) or NO_FILE
 
 
 def study_cells(row: Any, measures: dict[str, str]) -> dict[str, str]:
@@ -323,6 +321,7 @@ def by_machine(
 ) -> str:
     """A table for each machine that has results, and a word on those that are missing where machines differ."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
+    results = [result for result in results if result[rows]]
     if not results:
         return NO_FILE
     blocks = []
