@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -137,7 +138,7 @@ class Run:
             "decay": self.teacher.decay,
         }
         found = {
-            "masking": " ".join(str(self.model.masking).split()),
+            "masking": " ".join(re.sub(r"<function (\w+) at \w+>", r"\1", str(self.model.masking)).split()),
             "teacher": teacher,
             "mask_ratio": self.mask_ratio,
             "epochs": self.epochs,

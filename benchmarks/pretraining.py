@@ -165,7 +165,8 @@ def report(folder: Path) -> None:
     runs = {mask: {run["seed"]: run for run in results if run["mask"] == mask} for mask in METHODS}
     screen = {mask: {seed: run for seed, run in of.items() if seed in SCREEN} for mask, of in runs.items()}
     screen = {mask: of for mask, of in screen.items() if of}
-    rows = with_holm([summary(mask, of, screen.get(BASELINE, {})) for mask, of in screen.items()])
+    rows = [summary(mask, of, screen.get(BASELINE, {})) for mask, of in screen.items()]
+    with_holm([row for row in rows if row["name"] not in (BASELINE, NOTHING)], len(METHODS) - 2)
     best = chosen(rows)
     result = {
         "machine": ", ".join(sorted({run["machine"] for run in results})),
@@ -215,17 +216,13 @@ def interval(differences: list[float]) -> list[float | None] | None:
     return [mean, mean - half, mean + half]
 
 
-def with_holm(rows: list[common.Row]) -> list[common.Row]:
-    """Rows whose probabilities of each measure are corrected for their number by Holm's procedure.
-
-    "not pretrained" is none of them: that it learns less is no question of the study.
-    """
+def with_holm(rows: list[common.Row], number: int) -> list[common.Row]:
+    """Rows whose probabilities of each measure Holm's procedure has corrected for a number of rows, also those to come."""
     for name in MEASURES:
-        tested = [row for row in rows if row[f"{name}_p"] is not None and row["name"] != NOTHING]
-        tested = sorted(tested, key=lambda row: row[f"{name}_p"])
+        tested = sorted((row for row in rows if row[f"{name}_p"] is not None), key=lambda row: row[f"{name}_p"])
         least = 0.0
         for place, row in enumerate(tested):
-            least = max(least, min(1.0, (len(tested) - place) * row[f"{name}_p"]))
+            least = max(least, min(1.0, (number - place) * row[f"{name}_p"]))
             row[f"{name}_holm"] = least
     return rows
 
@@ -245,9 +242,8 @@ def confirmation(runs: dict[str, dict[int, Any]], best: str) -> list[common.Row]
     """The chosen mask against each control, and against the shuffled parts, with fresh seeds."""
     fresh = {mask: {seed: run for seed, run in of.items() if seed in FRESH} for mask, of in runs.items()}
     against = [mask for mask in (*CONTROLS, SHUFFLED) if fresh[mask].keys() & fresh[best].keys()]
-    return with_holm(
-        [summary(best, fresh[best], fresh[mask]) | {"name": f"{best}, against {mask}"} for mask in against]
-    )
+    rows = [summary(best, fresh[best], fresh[mask]) | {"name": f"{best}, against {mask}"} for mask in against]
+    return with_holm(rows, max(len(rows), len(CONTROLS)))
 
 
 def duration(run: Any) -> float:

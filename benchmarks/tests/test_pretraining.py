@@ -175,6 +175,7 @@ def test_every_mask_trains(mask, sets):
         run.train_epoch()
     assert np.isfinite(run.losses).all()
     assert run.epochs == {"not pretrained": 0}.get(mask, 2)
+    assert " at 0x" not in str(run.settings), "a run of another process would be refused"
 
 
 def test_shuffled_parts_have_the_sizes_of_parts_and_lie_anywhere(sets):
@@ -453,7 +454,7 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "+0.020 (-0.005 to +0.045)" in printed
     assert "0.400; -0.100  " in printed
-    assert study_cells(row, PRIMARY)["p, fine-tuned"] == "0.074", "one row alone is corrected for nothing"
+    assert study_cells(row, PRIMARY)["p, fine-tuned"] == "0.59", "eight times .0742, for eight rows are planned"
 
 
 def screen_and_fresh(best="random to part, half"):
@@ -480,14 +481,11 @@ def test_the_best_row_with_parts_is_chosen_by_the_screen_and_confirmed_by_fresh_
 
 
 def test_probabilities_are_corrected_by_holms_procedure():
-    """By hand: .01, .02 and .03 times 3, 2 and 1, none below the one before; what is no question has none."""
-    rows = [
-        {"name": name, **{f"{measure}_p": p for measure in PRIMARY | SECONDARY}}
-        for name, p in zip("abcd", (0.02, 0.01, 0.03, None), strict=True)
-    ]
-    rows.append(dict.fromkeys(rows[0], 0.0001) | {"name": "not pretrained"})
-    found = [row.get("knn_holm") for row in pretraining.with_holm(rows)]
-    assert found == [pytest.approx(0.04), pytest.approx(0.03), pytest.approx(0.04), None, None]
+    """By hand, of four rows one of which is to come: .01, .02 and .03 times 4, 3 and 2, none below the one before."""
+    probabilities = dict(zip("abcd", (0.02, 0.01, 0.03, None), strict=True))
+    rows = [{"name": name, **{f"{each}_p": p for each in PRIMARY | SECONDARY}} for name, p in probabilities.items()]
+    found = [row.get("knn_holm") for row in pretraining.with_holm(rows, 4)]
+    assert found == [pytest.approx(0.06), pytest.approx(0.04), pytest.approx(0.06), None]
 
 
 def test_runs_of_different_settings_are_not_averaged(tmp_path):
