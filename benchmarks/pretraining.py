@@ -217,7 +217,7 @@ def interval(differences: list[float]) -> list[float | None] | None:
 
 
 def with_holm(rows: list[common.Row], number: int) -> list[common.Row]:
-    """Rows whose probabilities of each measure Holm's procedure has corrected for a number of rows, also those to come."""
+    """Correct the probabilities of each measure by Holm's procedure, for a number of rows that counts those to come."""
     for name in MEASURES:
         tested = sorted((row for row in rows if row[f"{name}_p"] is not None), key=lambda row: row[f"{name}_p"])
         least = 0.0
