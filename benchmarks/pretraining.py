@@ -4,6 +4,12 @@ python benchmarks/pretraining.py --data ../shared/data/tinyimagenet20 --workers 
     --segmented ../shared/data/bsds/test ../shared/data/coco
 python benchmarks/pretraining.py --report         # the tables and the figure, from the finished runs that are there
 
+The second half, once the report has named a CHOSEN mask, each with the folders of the first command:
+
+    --seeds 3 4 5 --curve --masks random green "grid to part" CHOSEN
+    --seeds 3 4 5 --masks block
+    --seeds 6 7 8 --masks random green block CHOSEN
+
 FOLDER of `--data` holds `train` and `val` in torchvision's ImageFolder layout and, for the patches of objects and for
 backgrounds that are exchanged, `boxes.csv` with a row `path,...,x0,y0,x1,y1` for each picture. Pictures are brought to
 one size and held in memory. Each FOLDER of `--segmented` holds pictures and label maps, see `segmented.py`.
@@ -49,7 +55,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data", type=Path, metavar="FOLDER")
     add("--segmented", type=Path, nargs="*", default=[], metavar="FOLDER", help="bsds/test and coco, for regions")
     add("--size", choices=SIZES, help="patch4 on a CPU, gpu on a GPU if not given")
-    names = f"{', '.join(METHODS)} (all of them if not given)"
+    names = f"{', '.join(map(repr, METHODS))} (all of them if not given)"
     add("--masks", nargs="+", choices=METHODS, default=list(METHODS), metavar="MASK", help=names)
     add("--seeds", type=int, nargs="+", default=SCREEN, help="default: 0 1 2")
     add("--curve", action="store_true", help="fine-tune at three points of training, not only at the end")
