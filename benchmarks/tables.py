@@ -239,13 +239,14 @@ def study_cells(row: Any, measures: dict[str, str]) -> dict[str, str]:
 
 def old_study() -> str:
     """The study with parts by colour: accuracies on the 6,000 pictures, and differences to random masks."""
-
-    def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
-        return {
-            (row["name"], name): _cell(row, f"more_{name}") for row in rows for name in ("fine_tuned", "linear", "knn")
-        }
-
-    return by_machine("pretraining", cells, timed=False)
+    names = {"fine_tuned": "fine-tuned", "linear": "linear probe", "knn": "k-NN"}
+    lines = [f"| | seeds | {' | '.join(names.values())} |", "| --- |" + " ---: |" * (1 + len(names))]
+    for machine in ("amd-epyc-2-cores", GPU):
+        result = read("pretraining", machine)
+        for row in result["rows"]:
+            cells = " | ".join(_cell(row, f"more_{name}") for name in names)
+            lines.append(f"| {result['machine']}: {row['name']} | {row['seeds']} | {cells} |")
+    return "\n".join(lines)
 
 
 def learned() -> str:
