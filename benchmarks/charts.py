@@ -11,13 +11,10 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from tables import GPU, RESULTS, read
+from tables import RESULTS, read
 
 PICTURES = Path(__file__).parents[1] / "docs/pictures"
-STUDY = {  # drawn by pretraining.py
-    "pretraining.png": RESULTS / "amd-epyc-2-cores/pretraining.png",
-    "pretraining_gpu.png": RESULTS / GPU / "pretraining.png",
-}
+STUDY = {"pretraining.png": RESULTS / "amd-epyc-2-cores/patch4.png"}  # drawn by pretraining.py
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "maskevolve", "font.size": 9, "font.family": "sans-serif"}
 
 Chart = dict[str, dict[str, list[float]]]  # for each panel and each bar: its value, and the ends of its spread

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import numpy as np
 import torch
-from methods import CHOICES, MASK_RATIO, METHODS, BoxTeacher
-from pictures import AREA, ASPECT, HELD_OUT, Data, batches, crop
-from probes import SETTINGS, classification, fine_tune, measure
+from disturbed import disturbed
+from methods import METHODS
+from pictures import AREA, ASPECT, HELD_OUT, Data, Pictures, batches
+from probes import SETTINGS, classification, fine_tune, half_precision, patches_of_objects, regions
+from regions import Crops, read_all
+from timm.layers import set_fused_attn
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
@@ -28,7 +32,7 @@ from maskevolve import EvolvingMask, RandomMask
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from mae import MaskedAutoencoder
 
-POINTS = (0.25, 0.5, 1.0)  # of training, where it is measured; fine-tuned at the last
+POINTS = (0.25, 0.5, 1.0)  # of training, where regions are measured, and where asked for the fine-tuned accuracy
 INITIAL, TRAINING, DATA, FINE_TUNING = range(4)  # what random numbers are for
 
 
@@ -70,11 +74,25 @@ class Size:
 SIZES = {
     # Seconds; shows that it works and no more.
     "ci": Size(32, 8, 32, 2, 2, 1, 4, 16, 3e-3, 0.05, 0.1, 50, 4),
-    # 10 minutes a run on one core of an AMD EPYC, on the 10,000 pictures of 20 classes of Tiny-ImageNet.
-    "cpu": Size(64, 8, 128, 6, 4, 2, 8, 64, 1.5e-3, 0.05, 0.1, 200, 2),
-    # 6 minutes for 12 runs side by side on an H200: three times as wide as on a CPU, and 60 epochs of larger batches.
-    "gpu": Size(64, 8, 384, 6, 6, 2, 60, 256, 1.5e-3, 0.05, 0.1, 200, 10),
+    # A quarter of an hour a run on one core of an AMD EPYC, on the 10,000 pictures of 20 classes of Tiny-ImageNet.
+    "patch4": Size(64, 4, 128, 6, 4, 1, 5, 64, 1.5e-3, 0.05, 0.1, 200, 2),
+    # Nine masks and three seeds, side by side, in some 20 minutes of an H200, by the older study's times; not run.
+    "gpu": Size(64, 4, 384, 6, 6, 2, 20, 256, 1.5e-3, 0.05, 0.1, 200, 10),
 }
+
+
+class Sets(NamedTuple):
+    """All pictures of the study."""
+
+    data: Data
+    crops: dict[str, Crops]
+    disturbed: dict[str, Pictures]
+
+    @classmethod
+    def read(cls, folder: Path, size: Size, segmented: Sequence[Path] = ()) -> Sets:
+        data = Data.read(folder, size.image, size.patch, size.labelled)
+        crops = read_all(segmented, size.image, size.patch)
+        return cls(data, crops, disturbed(data.rest.spread(SETTINGS["disturbed"]), size.patch))
 
 
 def file_name(mask: str, seed: int) -> str:
@@ -89,18 +107,18 @@ class Run:
     initial weights and the same batches.
     """
 
-    def __init__(self, mask: str, seed: int, size: Size, data: Data, device: str) -> None:
+    def __init__(self, mask: str, seed: int, size: Size, sets: Sets, device: str, curve: bool = False) -> None:
         method = METHODS[mask]
-        self.mask, self.seed, self.size, self.data, self.device = mask, seed, size, data, device
-        self.mask_ratio, self.is_choice = method.mask_ratio, mask in CHOICES
-        self.shares = POINTS[-1:] if self.is_choice else POINTS
+        self.mask, self.seed, self.size, self.device = mask, seed, size, device
+        self.data, self.sets, self.mask_ratio = sets.data, sets, method.mask_ratio
         self.epochs = num_epochs(mask, size)
+        self.points = [max(min(1, self.epochs), round(share * self.epochs)) for share in POINTS]
+        self.fine_tuned_at = self.points if curve else self.points[-1:]
         torch.manual_seed(stream(seed, INITIAL))
+        set_fused_attn(device != "cpu")  # on a CPU, torch's fused attention is slower in bfloat16
         shape = (size.image, size.patch, size.width, size.depth, size.heads, size.decoder_depth)
         self.model = MaskedAutoencoder(method.masking(self.epochs), *shape).to(device)
         self.teacher = None if method.teacher is None else method.teacher(self.model.encoder, self.epochs).to(device)
-        if isinstance(self.teacher, BoxTeacher) and data.train.objects is None:
-            raise SystemExit(f"{mask} needs boxes.csv in the folder of the pictures: add it, or leave this mask out")
         groups = param_groups_weight_decay(self.model, size.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, size.lr, betas=(0.9, 0.95))
         self.epoch, self.seconds, self.processor_seconds = 0, 0.0, 0.0
@@ -112,30 +130,28 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """All that the figures depend on, beside mask and seed."""
         teacher = self.teacher and {
+            "kind": type(self.teacher).__name__,
             "partitioner": str(self.teacher.partitioner),
             "num_parts": self.teacher.part_range,
             "reads": self.teacher.layers or "all layers",
+            "stride": self.teacher.stride,
             "decay": self.teacher.decay,
         }
         found = {
-            "masking": " ".join(str(self.model.masking).split()),
+            "masking": " ".join(re.sub(r"<function (\w+) at \w+>", r"\1", str(self.model.masking)).split()),
             "teacher": teacher,
             "mask_ratio": self.mask_ratio,
             "epochs": self.epochs,
-            "points": self.shares,
+            "fine_tuned_at": self.fine_tuned_at,
             "size": asdict(self.size),
             "probes": SETTINGS,
             "crops": {"area": AREA, "aspect": ASPECT},
             "held_out": HELD_OUT,
-            "pictures": {"train": len(self.data.train.images), "val": len(self.data.val.images)},
+            "pictures": {"train": len(self.data.train.images), "scored": len(self.data.rest.images)},
+            "crops_of_regions": {name: len(crops.images) for name, crops in self.sets.crops.items()},
             "fingerprint": self.data.fingerprint,
         }
         return json.loads(json.dumps(found))
-
-    @property
-    def points(self) -> list[int]:
-        """In epochs that are done."""
-        return [max(min(1, self.epochs), round(share * self.epochs)) for share in self.shares]
 
     def train_epoch(self) -> None:
         steps, losses = max(1, len(self.data.train.images) // self.size.batch), []
@@ -146,10 +162,9 @@ class Run:
         generator = torch.Generator().manual_seed(stream(self.seed, DATA, self.epoch))
         began, processor = time.perf_counter(), time.process_time()
         pictures = batches(self.data.train.images, self.size.batch, generator, self.device)
-        for step, (index, images, crops) in enumerate(pictures):
+        for step, (_, images) in enumerate(pictures):
             schedule.step_update(self.epoch * steps + step)
-            seen = self.objects(index, crops) if isinstance(self.teacher, BoxTeacher) else images
-            losses.append(self.step(images, self.epoch + step / steps, seen))
+            losses.append(self.step(images, self.epoch + step / steps))
         loss = float(torch.stack(losses).mean())  # waits for the device
         if not math.isfinite(loss):
             raise FloatingPointError(f"{self.mask}, seed {self.seed}: the loss of epoch {self.epoch} is {loss}")
@@ -158,21 +173,14 @@ class Run:
         self.losses.append(loss)
         self.epoch += 1
 
-    def objects(self, index: Tensor, crops: Tensor) -> Tensor:
-        """Of cropped pictures, what share of a patch lies in the box of the object: [B, 1, H, W]."""
-        grid = self.size.image // self.size.patch
-        objects = self.data.train.objects[index].view(-1, 1, grid, grid)
-        return crop(objects.to(crops.device), crops)
-
-    def step(self, images: Tensor, epoch: float, seen: Tensor) -> Tensor:
-        """One step on images; what the teacher sees are those, or what people drew on them."""
+    def step(self, images: Tensor, epoch: float) -> Tensor:
         masking, parts = self.model.masking, None
         if isinstance(masking, EvolvingMask):
             masking.set_epoch(epoch)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+        with half_precision(images.device):
             if self.teacher is not None:
                 self.teacher.set_epoch(epoch)
-                parts = self.teacher(seen) if masking.needs_parts else None
+                parts = self.teacher(images) if masking.needs_parts else None
             loss = self.model(images, self.mask_ratio, parts)[0]
         self.optimizer.zero_grad()
         loss.backward()
@@ -184,27 +192,20 @@ class Run:
     def measure(self) -> None:
         row = {"epoch": self.epoch, "seconds": self.seconds, "processor_seconds": self.processor_seconds}
         row["training_loss"] = self.losses[-1] if self.losses else None
-        if not self.is_choice:  # nothing is chosen on val
-            row |= measure(self.model, self.data.fit, self.data.val, MASK_RATIO)
+        row |= regions(self.model.encoder, self.sets.crops)
         if self.epoch == self.epochs:
-            row |= self.measure_end()
-        self.curve = [other for other in self.curve if other["epoch"] != self.epoch] + [row]
-
-    def measure_end(self) -> dict[str, float]:
-        """Fine-tuned accuracy, and all accuracies on more pictures."""
-        encoder, fit, rest = self.model.encoder, self.data.fit, self.data.rest
-        tests = {"more_fine_tuned": rest} if self.is_choice else {"more_fine_tuned": rest, "fine_tuned": self.data.val}
-        seed = stream(self.seed, FINE_TUNING)
-        scores = fine_tune(encoder, fit, list(tests.values()), self.size.fine_tune_epochs, seed)
-        found = {f"more_{name}": score for name, score in classification(encoder, fit, rest).items()}
-        return found | dict(zip(tests, scores, strict=True)) | {"more_pictures": len(rest.images)}
+            row |= classification(self.model.encoder, self.data.fit, self.data.rest)
+            row["boxes"] = patches_of_objects(self.model.encoder, self.data.fit, self.data.val, SETTINGS["boxes_c"])
+        if self.epoch in self.fine_tuned_at:
+            tests = {"fine_tuned": self.data.rest} | (self.sets.disturbed if self.epoch == self.epochs else {})
+            seed = stream(self.seed, FINE_TUNING)
+            row |= fine_tune(self.model.encoder, self.data.fit, tests, self.size.fine_tune_epochs, seed)
+        self.curve.append(row)
 
     @property
     def due(self) -> bool:
-        """Whether a point of training was reached and has not been measured, or only in part by an earlier code."""
-        end = self.epoch == self.epochs
-        measured = any(row["epoch"] == self.epoch and ("more_linear" in row or not end) for row in self.curve)
-        return self.epoch in self.points and not measured
+        """Whether a point of training was reached and has not been measured."""
+        return self.epoch in self.points and not any(row["epoch"] == self.epoch for row in self.curve)
 
     def go_on(self, checkpoint: Path, after_epoch: Callable[[Run], None] = lambda run: None) -> dict[str, Any]:
         """From the checkpoint, or from the start where there is none, to the end; what is written of it."""
@@ -252,7 +253,7 @@ class Run:
 
 
 def num_epochs(mask: str, size: Size) -> int:
-    return round(size.epochs * METHODS[mask].longer)
+    return round(size.epochs * METHODS[mask].epochs)
 
 
 def stream(seed: int, *place: int) -> int:

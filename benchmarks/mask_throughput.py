@@ -35,6 +35,7 @@ def masks(x: Tensor) -> dict[str, Callable[[Tensor], Any]]:
         "GridMask": GridMask(),
         "BlockMask": BlockMask(),
         "PartMask": lambda x: PartMask()(x, parts=parts),
+        "PartMask(share=0.5)": lambda x: PartMask(share=0.5)(x, parts=parts),
         "EvolvingMask": lambda x: halfway(x, parts=parts),
         "EvolvingMask, block": baseline,
         MAE: peers.mae_random_masking,

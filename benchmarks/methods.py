@@ -1,78 +1,47 @@
-"""What the study of pretraining compares: masks, and settings that masks from grid to part leave open."""
+"""What the study of pretraining compares: nine masks, and a model that is not pretrained."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, normalize
 
-from maskevolve import BlockMask, EMPartitioner, EvolvingMask, GraphCutPartitioner, GridMask, PartMask, PartTeacher
-from maskevolve import RandomMask as Random
+from maskevolve import BlockMask, EMPartitioner, EvolvingMask, GraphCutPartitioner, PartMask, PartTeacher, RandomMask
 from maskevolve.masks import Masking
-from maskevolve.schedule import num_parts_at
 
 MASK_RATIO = 0.75
 DECAY = 0.99  # of the teacher, a step: the library's 0.9999 is for runs of 10,000 steps and more
-NUM_PARTS = (40, 10)  # in the first and the last epoch, as released
 
 
-class ColourTeacher(nn.Module):
-    """Parts without a model: the default cut, of the cosines of the patches' mean colours, less their mean."""
+class GreenNoise(Masking):
+    """Noise whose middle frequencies are kept, after ColorMAE (https://arxiv.org/abs/2407.13036)."""
 
-    part_range, layers, decay = NUM_PARTS, "colours", None
-
-    def __init__(self, patch: int, epochs: float) -> None:
-        super().__init__()
-        self.patch, self.epochs, self.partitioner = patch, epochs, GraphCutPartitioner()
-
-    def set_epoch(self, epoch: float) -> None:
-        self.num_parts = num_parts_at(epoch, self.epochs, *self.part_range)
-
-    def update(self, model: nn.Module) -> None:
-        """There is nothing to update."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = avg_pool2d(images, self.patch).flatten(2).mT
-        x = normalize(x - x.mean(1, keepdim=True), dim=2)
-        return self.partitioner(x @ x.mT, self.num_parts, images=images)
+    def draw(self, batch_size: int, grid_size: tuple[int, ...], parts: Tensor | None, **source: Any) -> Tensor:
+        noise = torch.rand(batch_size, *grid_size, **source)
+        rows, columns = (torch.fft.fftfreq(size, device=noise.device) for size in grid_size)
+        square = rows[:, None] ** 2 + columns**2  # of the frequency, in waves a patch
+        fine, coarse = (torch.exp(-2 * (math.pi * sigma) ** 2 * square) for sigma in (0.5, 1.5))  # in patches
+        return torch.fft.ifft2(torch.fft.fft2(noise) * (fine - coarse)).real.flatten(1)
 
 
-class BoxTeacher(nn.Module):
-    """Parts that people drew: what lies in the box of the object, and what does not."""
+class ShuffledTeacher(PartTeacher):
+    """Parts of the same sizes, whose patches lie anywhere: a control."""
 
-    partitioner, part_range, layers, decay = "people's boxes", (2, 2), "boxes", None
-
-    def set_epoch(self, epoch: float) -> None:
-        """There are two parts at any time."""
-
-    def update(self, model: nn.Module) -> None:
-        """There is nothing to update."""
-
-    def forward(self, objects: Tensor) -> Tensor:
-        """From whether a patch lies in the box, [B, 1, H, W] in [0, 1], to parts [B, N]."""
-        return (objects.flatten(1) > 0.5).long()
+    def forward(self, images: Tensor, grid_size: Any = None) -> Tensor:
+        parts = super().forward(images, grid_size)
+        return parts.gather(1, torch.rand(parts.shape, device=parts.device).argsort(1))
 
 
 def taught(
-    encoder: nn.Module, epochs: float, partitioner: Any = GraphCutPartitioner, decay: float = DECAY, **options: Any
+    encoder: nn.Module, epochs: float, kind: type = PartTeacher, cut: type = GraphCutPartitioner, **how: Any
 ) -> PartTeacher:
     """A moving average of the encoder that trains; the defaults of the library but for the decay."""
-    return PartTeacher(encoder, partitioner(), total_epochs=epochs, decay=decay, **{"num_parts": NUM_PARTS, **options})
-
-
-def by_colour(encoder: nn.Module, epochs: float) -> ColourTeacher:
-    return ColourTeacher(encoder.patch_embed.patch_size[0], epochs)
-
-
-def from_patches(encoder: nn.Module, epochs: float) -> PartTeacher:
-    """As many parts as patches at first."""
-    return taught(encoder, epochs, num_parts=(encoder.patch_embed.num_patches, NUM_PARTS[1]))
-
-
-Teacher = PartTeacher | ColourTeacher | BoxTeacher
+    teacher: PartTeacher = kind(encoder, cut(), total_epochs=epochs, decay=DECAY, **how)
+    return teacher
 
 
 class Method(NamedTuple):
@@ -80,59 +49,39 @@ class Method(NamedTuple):
 
     masking: Callable[[float], Masking]
     """From the length of training, in epochs."""
-    teacher: Callable[[nn.Module, float], Teacher] | None = None
+    teacher: Callable[[nn.Module, float], PartTeacher] | None = None
     """From the encoder and the length of training, for masks that need parts."""
-    longer: float = 1.0
-    """How many times the epochs of the others, to compare at equal time."""
     mask_ratio: float = MASK_RATIO
-    """Of the masks that it is trained with."""
+    epochs: float = 1.0
+    """Times those of the others."""
 
 
-def random(epochs: float) -> Masking:
-    return Random()
+def half(epochs: float) -> Masking:
+    return PartMask(share=0.5)
 
 
-def random_to_part(epochs: float) -> Masking:
-    return EvolvingMask(epochs, start=Random())
+def random_to_half(epochs: float) -> Masking:
+    """The weight of parts rises linearly to a half, as in HPM (https://arxiv.org/abs/2304.05919)."""
+    return EvolvingMask(epochs, start=RandomMask(), power=half_of)
 
 
-def half_way(epochs: float, **masks: Masking) -> Masking:
-    """Alpha ends at about 0.5: the square root of a quarter."""
-    return EvolvingMask(4 * epochs, **masks)
+def half_of(progress: float) -> float:
+    return progress / 2
 
 
-BASELINE, DEFAULT = "random", "grid to part"
-MASKS = {
-    BASELINE: Method(random),
-    "grid": Method(lambda epochs: GridMask()),
+published = partial(taught, cut=EMPartitioner, layers=None)
+BASELINE, SHUFFLED, NOTHING = "random", "half by shuffled parts", "not pretrained"
+CONTROLS = (BASELINE, "green", "block")
+METHODS = {  # in the order in which they are run
+    BASELINE: Method(lambda epochs: RandomMask()),
+    "green": Method(lambda epochs: GreenNoise()),
     "block": Method(lambda epochs: BlockMask()),
-    "part": Method(lambda epochs: PartMask(), taught),
-    "grid to block": Method(lambda epochs: EvolvingMask(epochs, end=BlockMask())),
-    DEFAULT: Method(EvolvingMask, taught),  # the library's defaults: tokens, edges from contrast
-    "grid to part, EM": Method(EvolvingMask, partial(taught, partitioner=EMPartitioner, layers=None)),  # as released
-    "grid to part, all layers": Method(EvolvingMask, partial(taught, layers=None)),
-    "grid to part, colours": Method(EvolvingMask, by_colour),
-    "random to part": Method(random_to_part, taught),
-    "part to random": Method(lambda epochs: EvolvingMask(epochs, start=PartMask(), end=Random()), taught),
-    "patches to part": Method(lambda epochs: PartMask(), from_patches),  # no grid
-    "random, longer": Method(random, longer=1.4),  # about the time of grid to part
-    "not pretrained": Method(random, longer=0),  # what the measures owe to the start of the weights
+    "grid to part": Method(EvolvingMask, taught),  # the library's defaults
+    "half by parts": Method(half, taught),
+    SHUFFLED: Method(half, partial(taught, kind=ShuffledTeacher)),
+    "random to part, half": Method(random_to_half, taught),
+    "grid to part, hint": Method(lambda epochs: EvolvingMask(epochs, end=PartMask(hint=0.1)), taught),
+    "half by parts, EM": Method(half, published),
+    NOTHING: Method(lambda epochs: RandomMask(), epochs=0),  # what the measures owe to the start of the weights
 }
-CHOICES = {  # one setting of grid to part at a time, and random masks of the same ratios
-    "power 1": Method(partial(EvolvingMask, power=1), taught),
-    "power 2": Method(partial(EvolvingMask, power=2), taught),
-    "alpha to 0.5": Method(half_way, taught),
-    "mask ratio 0.6": Method(EvolvingMask, taught, mask_ratio=0.6),
-    "mask ratio 0.5": Method(EvolvingMask, taught, mask_ratio=0.5),
-    "random, mask ratio 0.6": Method(random, mask_ratio=0.6),
-    "random, mask ratio 0.5": Method(random, mask_ratio=0.5),
-    "40 parts": Method(EvolvingMask, partial(taught, num_parts=(40, 40))),
-    "10 parts": Method(EvolvingMask, partial(taught, num_parts=(10, 10))),
-    "40 to 4 parts": Method(EvolvingMask, partial(taught, num_parts=(40, 4))),
-    "last layer": Method(EvolvingMask, partial(taught, layers=[-1])),
-    "decay 0.9": Method(EvolvingMask, partial(taught, decay=0.9)),
-    "decay 0.999": Method(EvolvingMask, partial(taught, decay=0.999)),
-    "random to part, alpha to 0.5": Method(lambda epochs: half_way(epochs, start=Random()), taught),
-    "people's boxes": Method(EvolvingMask, lambda encoder, epochs: BoxTeacher()),
-}
-METHODS = MASKS | CHOICES
+WITH_PARTS = tuple(name for name, method in METHODS.items() if method.teacher and name != SHUFFLED)

@@ -50,9 +50,9 @@ class Data(NamedTuple):
     held_out: Pictures
     """What the settings of the probes are chosen on."""
     val: Pictures
-    """What is reported; nothing is chosen on it."""
+    """Pictures that no model is pretrained on, for the patches of objects."""
     rest: Pictures
-    """Pictures of train that no probe learns from, held out or not: many more than val."""
+    """Pictures of train that no probe learns from, held out or not: what accuracies are reported on."""
     fingerprint: str
     """Of the pictures that are trained and measured on."""
 
@@ -131,13 +131,11 @@ def patches_in(box: tuple[float, float, float, float], grid: int) -> Tensor:
     return (rows[:, None] * columns > 0.5).flatten()
 
 
-def batches(
-    images: Tensor, size: int, generator: torch.Generator, device: str
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Places, pictures and crops of an epoch in random order; the last few pictures are left out."""
+def batches(images: Tensor, size: int, generator: torch.Generator, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Places and cropped pictures of an epoch in random order; the last few pictures are left out."""
     for index in torch.randperm(len(images), generator=generator).split(size)[: max(1, len(images) // size)]:
         crops = random_crops(len(index), generator).to(device)
-        yield index, normalised(crop(images[index].to(device), crops)), crops
+        yield index, normalised(crop(images[index].to(device), crops))
 
 
 def random_crops(number: int, generator: torch.Generator) -> Tensor:

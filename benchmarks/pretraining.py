@@ -1,17 +1,22 @@
-"""Do masks that evolve learn more? The same small MAE, pretrained with each mask and seed, and what it has learned.
+r"""Which masks teach? The same small MAE, pretrained with each mask and seed, and what it has learned.
 
-python benchmarks/pretraining.py --data ../shared/data/tinyimagenet20 --size cpu --seeds 0 1 2 --workers 2
-python benchmarks/pretraining.py --report         # the table and the figure, from the finished runs that are there
+python benchmarks/pretraining.py --data ../shared/data/tinyimagenet20 --workers 2 \
+    --segmented ../shared/data/bsds/test ../shared/data/coco
+python benchmarks/pretraining.py --report         # the tables and the figure, from the finished runs that are there
 
-`--masks` also takes settings of grid to part, one changed at a time, which are for choices: they are scored only on the
-pictures of `train` that no probe learns from, and not on `val`.
+The second half, once the report has named a CHOSEN mask, each with the folders of the first command:
 
-FOLDER holds `train` and `val` in torchvision's ImageFolder layout and, for the segmentation probe, `boxes.csv` with a
-row `path,...,x0,y0,x1,y1` for each picture. Pictures are brought to one size and held in memory.
+    --seeds 3 4 5 --curve --masks random green "grid to part" CHOSEN
+    --seeds 3 4 5 --masks block
+    --seeds 6 7 8 --masks random green block CHOSEN
+
+FOLDER of `--data` holds `train` and `val` in torchvision's ImageFolder layout and, for the patches of objects and for
+backgrounds that are exchanged, `boxes.csv` with a row `path,...,x0,y0,x1,y1` for each picture. Pictures are brought to
+one size and held in memory. Each FOLDER of `--segmented` holds pictures and label maps, see `segmented.py`.
 
 It can be stopped at any moment: the same command goes on where it was. A finished run is a file in --out and is not
-made again; one that is not is a checkpoint in --runs. Two commands side by side share the runs between them.
-All masks have the same steps; what that took is in the table, and a row "random, longer" compares at equal time.
+made again; one that is not is a checkpoint in --runs. Two commands side by side share the runs between them. All masks
+have the same steps; what that took is in the table. How a mask is chosen and confirmed stands in docs/results.md.
 """
 
 from __future__ import annotations
@@ -28,40 +33,43 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from mask_runs import SIZES, Run, file_name, num_epochs, write
+from mask_runs import SIZES, Run, Sets, file_name, num_epochs, write
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from methods import BASELINE, CHOICES, DEFAULT, MASKS, METHODS
-from pictures import Data
-from probes import MEASURES, MORE
+from methods import BASELINE, CONTROLS, METHODS, NOTHING, SHUFFLED, WITH_PARTS
 from scipy.stats import t as student
-from tables import pretraining_cells
+from scipy.stats import ttest_rel
+from tables import PRIMARY, SECONDARY, study_cells
 from torch import multiprocessing
 from tqdm import tqdm
 
 Jobs = list[tuple[str, int]]
-COLOURS = dict(zip(MASKS, colormaps["tab20"].colors, strict=False)) | {BASELINE: "black", DEFAULT: "red"}
+COLOURS = dict(zip(METHODS, colormaps["tab10"].colors, strict=True)) | {BASELINE: "black"}
+MEASURES = PRIMARY | SECONDARY
+SCREEN, FRESH = (0, 1, 2), (3, 4, 5, 6, 7, 8)  # seeds: to choose a mask with, and to confirm it
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = common.make_parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, metavar="FOLDER")
-    add("--size", choices=SIZES, help="cpu on a CPU, gpu on a GPU if not given")
-    names = f"masks: {', '.join(MASKS)} (all of them if not given); settings: {', '.join(CHOICES)}"
-    add("--masks", nargs="+", choices=METHODS, default=list(MASKS), metavar="MASK", help=names)
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    add("--segmented", type=Path, nargs="*", default=[], metavar="FOLDER", help="bsds/test and coco, for regions")
+    add("--size", choices=SIZES, help="patch4 on a CPU, gpu on a GPU if not given")
+    names = f"{', '.join(map(repr, METHODS))} (all of them if not given)"
+    add("--masks", nargs="+", choices=METHODS, default=list(METHODS), metavar="MASK", help=names)
+    add("--seeds", type=int, nargs="+", default=SCREEN, help="default: 0 1 2")
+    add("--curve", action="store_true", help="fine-tune at three points of training, not only at the end")
     add("--workers", type=int, default=1, help="runs side by side (default: 1); on a CPU one thread each")
-    add("--out", type=Path, help="finished runs (default: results/<machine>/pretraining; ci: RUNS/ci/results)")
+    add("--out", type=Path, help="finished runs (default: results/<machine>/SIZE; ci: RUNS/ci/results)")
     add("--runs", type=Path, default=Path("runs/pretraining"), help="checkpoints (default: runs/pretraining)")
     add("--report", action="store_true", help="only write the table and the figure")
     args = parser.parse_args(argv)
     if args.data is None and not args.report:
         parser.error("--data FOLDER is missing")
-    args.size = args.size or ("gpu" if args.device == "cuda" else "cpu")
+    args.size = args.size or ("gpu" if args.device == "cuda" else "patch4")
     args.runs = args.runs / args.size
     trial = args.size == "ci"
-    args.out = args.out or (args.runs / "results" if trial else common.folder(args.device) / "pretraining")
+    args.out = args.out or (args.runs / "results" if trial else common.folder(args.device) / args.size)
     return args
 
 
@@ -75,13 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_all(args: argparse.Namespace) -> None:
     """Start the workers and wait for them."""
     size, machine = SIZES[args.size], common.machine(args.device)
-    data = Data.read(args.data, size.image, size.patch, size.labelled)
-    jobs = [(mask, seed) for seed in args.seeds for mask in args.masks]
+    sets = Sets.read(args.data, size, args.segmented)
+    jobs = [(mask, seed) for mask in args.masks for seed in args.seeds]
     args.out.mkdir(parents=True, exist_ok=True)
     if args.device == "cpu":
         os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read by a worker when it starts
     spawn = multiprocessing.get_context("spawn")
-    shared = (jobs, args.size, data, args.device, machine, args.out, args.runs)
+    shared = (jobs, args.size, sets, args.curve, args.device, machine, args.out, args.runs)
     workers = [spawn.Process(target=work, args=(place, *shared), daemon=True) for place in range(args.workers)]
     for worker in workers:
         worker.start()
@@ -92,7 +100,15 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def work(
-    place: int, jobs: Jobs, size: str, data: Data, device: str, machine: str, out: Path, checkpoints: Path
+    place: int,
+    jobs: Jobs,
+    size: str,
+    sets: Sets,
+    curve: bool,
+    device: str,
+    machine: str,
+    out: Path,
+    checkpoints: Path,
 ) -> None:
     """Make the runs that are not finished and that nobody else is making, one after the other."""
     if device == "cpu":
@@ -117,7 +133,7 @@ def work(
             with locked(folder) as ours:
                 if not ours:
                     continue
-                run = Run(mask, seed, SIZES[size], data, device)
+                run = Run(mask, seed, SIZES[size], sets, device, curve)
                 if path.exists():
                     run.check(json.loads(path.read_text())["settings"], path)
                     continue
@@ -152,40 +168,46 @@ def report(folder: Path) -> None:
         found = {json.dumps(result["settings"][name]) for result in results}
         if len(found) > 1:
             raise SystemExit(f"the runs in {folder} have more than one {name}, {', '.join(found)}: sort them apart")
-    by_mask = {mask: {run["seed"]: run for run in results if run["mask"] == mask} for mask in METHODS}
-    by_mask = {mask: runs for mask, runs in by_mask.items() if runs}
-    masks = {mask: runs for mask, runs in by_mask.items() if mask in MASKS}
-    same = ("size", "probes", "pictures", "fingerprint")
+    runs = {mask: {run["seed"]: run for run in results if run["mask"] == mask} for mask in METHODS}
+    screen = {mask: {seed: run for seed, run in of.items() if seed in SCREEN} for mask, of in runs.items()}
+    screen = {mask: of for mask, of in screen.items() if of}
+    rows = [summary(mask, of, screen.get(BASELINE, {})) for mask, of in screen.items()]
+    with_holm([row for row in rows if row["name"] not in (BASELINE, NOTHING)], len(METHODS) - 2)
+    best = chosen(rows)
     result = {
         "machine": ", ".join(sorted({run["machine"] for run in results})),
         "device": results[0]["device"],
-        "settings": {name: results[0]["settings"][name] for name in same},
+        "settings": {name: results[0]["settings"][name] for name in ("size", "probes", "pictures", "fingerprint")},
         "baseline": BASELINE,
-        "rows": [summary(mask, runs, by_mask.get(BASELINE, {})) for mask, runs in masks.items()],
-        "default": DEFAULT,
-        "against_default": [summary(mask, runs, by_mask.get(DEFAULT, {})) for mask, runs in by_mask.items()],
+        "rows": rows,
+        "chosen": best,
+        "confirmation": [] if best is None else confirmation(runs, best),
     }
     (folder.parent / f"{folder.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(masks).savefig(folder.parent / f"{folder.name}.png", dpi=110)
-    for rows, prefix in ((result["rows"], ""), (result["rows"], "more_"), (result["against_default"], "more_")):
-        common.print_table([{"mask": row["name"], **pretraining_cells(row, prefix)} for row in rows])
+    draw(runs, best).savefig(folder.parent / f"{folder.name}.png", dpi=110)
+    for rows in (result["rows"], result["confirmation"]):
+        for measures in (PRIMARY, SECONDARY) if rows else ():
+            common.print_table([{"mask": row["name"], **study_cells(row, measures)} for row in rows])
     print(f"wrote {folder}.json and .png")
 
 
 def summary(mask: str, runs: dict[int, Any], others: dict[int, Any]) -> common.Row:
-    """Means at the end of training, and differences to the baseline's runs of the same seeds."""
+    """Means at the end of training, and differences to the others' runs of the same seeds."""
     pairs = [(runs[seed], others[seed]) for seed in sorted(runs) if seed in others]
     times = [duration(run) / duration(other) for run, other in pairs]
-    row: common.Row = {"name": mask, "seeds": len(runs), "pairs": len(pairs)}
+    row: common.Row = {"name": mask, "seeds": len(runs), "pairs": len(pairs), "with_parts": mask in WITH_PARTS}
     row["epochs"] = next(iter(runs.values()))["settings"]["epochs"]
     row["seconds"] = float(np.mean([run["seconds"] for run in runs.values()]))
     row["time"] = float(np.mean(times)) if times else None
-    for name in (*MEASURES, *MORE):
+    for name in MEASURES:
         values = [run["curve"][-1].get(name) for run in runs.values()]
         ends = [(run["curve"][-1].get(name), other["curve"][-1].get(name)) for run, other in pairs]
-        apart = [value - other for value, other in ends if None not in (value, other)]
+        ends = [pair for pair in ends if None not in pair]
         row[name] = None if None in values else float(np.mean(values))
-        row[f"{name}_difference"] = None if runs is others else interval(apart)
+        row[f"{name}_difference"] = None if runs is others else interval([value - other for value, other in ends])
+        row[f"{name}_p"] = (
+            float(ttest_rel(*zip(*ends, strict=True)).pvalue) if len(ends) > 1 and runs is not others else None
+        )
     return row
 
 
@@ -200,46 +222,82 @@ def interval(differences: list[float]) -> list[float | None] | None:
     return [mean, mean - half, mean + half]
 
 
+def with_holm(rows: list[common.Row], number: int) -> list[common.Row]:
+    """Correct the probabilities of each measure by Holm's procedure, for a number of rows that counts those to come."""
+    for name in MEASURES:
+        tested = sorted((row for row in rows if row[f"{name}_p"] is not None), key=lambda row: row[f"{name}_p"])
+        least = 0.0
+        for place, row in enumerate(tested):
+            least = max(least, min(1.0, (number - place) * row[f"{name}_p"]))
+            row[f"{name}_holm"] = least
+    return rows
+
+
+def chosen(rows: list[common.Row]) -> str | None:
+    """The row with parts whose differences to random masks have the greatest sum over the primary measures.
+
+    None until all of them have all seeds of the screen.
+    """
+    ready = {row["name"]: row for row in rows if row["name"] in WITH_PARTS and row["pairs"] == len(SCREEN)}
+    if len(ready) < len(WITH_PARTS):
+        return None
+    return max(ready, key=lambda name: sum(ready[name][f"{measure}_difference"][0] for measure in PRIMARY))
+
+
+def confirmation(runs: dict[str, dict[int, Any]], best: str) -> list[common.Row]:
+    """The chosen mask against each control, and against the shuffled parts, with fresh seeds."""
+    fresh = {mask: {seed: run for seed, run in of.items() if seed in FRESH} for mask, of in runs.items()}
+    against = [mask for mask in (*CONTROLS, SHUFFLED) if fresh[mask].keys() & fresh[best].keys()]
+    rows = [summary(best, fresh[best], fresh[mask]) | {"name": f"{best}, against {mask}"} for mask in against]
+    return with_holm(rows, max(len(rows), len(CONTROLS)))
+
+
 def duration(run: Any) -> float:
     """Seconds of pretraining: of the processor on a CPU, which others may share."""
     return float(run["seconds" if run["device"] == "cuda" else "processor_seconds"])
 
 
-def draw(by_mask: dict[str, dict[int, Any]]) -> Figure:
-    """Fine-tuned accuracy of each mask, and the other measures against training: means, and seeds as dots."""
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    axes = figure.subplots(2, 3).flatten()
-    draw_ends(axes[0], by_mask, "fine_tuned", "fine-tuned")
-    draw_ends(axes[1], by_mask, MORE[0], "fine-tuned, many more pictures")
-    for ax, (name, title) in zip(axes[2:], list(MEASURES.items())[1:], strict=True):
-        for index, (mask, runs) in enumerate(by_mask.items()):
-            draw_curve(ax, mask, list(runs.values()), name, index)
-        ax.set(title=title, xlabel="epoch", xlim=(-0.3, None))
-    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
+def draw(runs: dict[str, dict[int, Any]], best: str | None) -> Figure:
+    """Both primary measures of each mask, and how the fine-tuned accuracy and that of regions grow with training."""
+    runs = {mask: of for mask, of in runs.items() if of}
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    axes = figure.subplots(2, 2)
+    for ax, (name, title) in zip(axes[0], PRIMARY.items(), strict=True):
+        draw_ends(ax, {mask: screened(of) for mask, of in runs.items() if screened(of)}, name, f"{title}, seeds 0 to 2")
+    shown = [mask for mask in (*CONTROLS[:2], "grid to part", best) if mask in runs]
+    for ax, name, title in ((axes[1, 0], "fine_tuned", "fine-tuned"), (axes[1, 1], "regions_coco", "regions, COCO")):
+        for place, mask in enumerate(dict.fromkeys(shown)):
+            draw_curve(ax, mask, list(runs[mask].values()), name, place)
+        ax.set(title=title, xlabel="epoch")
+        if ax.has_data():
+            ax.legend(fontsize=8)
     return figure
 
 
+def screened(runs: dict[int, Any]) -> dict[int, Any]:
+    return {seed: run for seed, run in runs.items() if seed in SCREEN}
+
+
 def draw_ends(ax: Any, by_mask: dict[str, dict[int, Any]], name: str, title: str) -> None:
-    """A row for each mask."""
+    """A row for each mask: its seeds as dots, and their mean."""
     for place, (mask, runs) in enumerate(by_mask.items()):
-        values = [run["curve"][-1][name] for run in runs.values() if name in run["curve"][-1]]
-        if values:
-            ax.plot(values, [place] * len(values), ".", color=COLOURS[mask], markersize=4)
-            ax.plot(np.mean(values), place, "os^"[place % 3], color=COLOURS[mask])
+        values = [run["curve"][-1][name] for run in runs.values()]
+        ax.plot(values, [place] * len(values), ".", color=COLOURS[mask], markersize=5)
+        ax.plot(np.mean(values), place, "o", color=COLOURS[mask], markerfacecolor="none", markersize=9)
     ax.set_yticks(range(len(by_mask)), by_mask, fontsize=8)
     ax.set(title=title, xlabel="accuracy")
     ax.invert_yaxis()
 
 
-def draw_curve(ax: Any, mask: str, runs: list[Any], name: str, index: int) -> None:
-    rows = [[row for row in run["curve"] if row.get(name) is not None] for run in runs]
-    if not rows[0] or (name == "fixed_loss" and rows[0][-1]["epoch"] == 0):  # before training it is out of scale
+def draw_curve(ax: Any, mask: str, runs: list[Any], name: str, place: int) -> None:
+    """The mean of the runs that were measured at each point of training, and their seeds as dots."""
+    whole = [run for run in runs if len(run["curve"]) > 1 and all(row.get(name) is not None for row in run["curve"])]
+    if not whole:
         return
-    style = {"color": COLOURS[mask], "linewidth": 2.5 if mask in (BASELINE, DEFAULT) else 1}
-    epochs = [row["epoch"] for row in rows[0]]
-    mean = np.mean([[row[name] for row in run] for run in rows], 0)
-    ax.plot(epochs, mean, marker="os^"[index % 3], label=mask, **style)
-    ax.scatter([epochs[-1]] * len(rows), [run[-1][name] for run in rows], s=8, color=COLOURS[mask])
+    epochs = [row["epoch"] for row in whole[0]["curve"]]
+    values = np.array([[row[name] for row in run["curve"]] for run in whole])
+    ax.plot(epochs, values.mean(0), marker="os^D"[place % 4], label=f"{mask} ({len(whole)} seeds)", color=COLOURS[mask])
+    ax.plot(epochs, values.T, ".", markersize=3, color=COLOURS[mask])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from maskevolve import EvolvingMask, GraphCutPartitioner, PartTeacher, parts_from_segmentation
+from maskevolve import EvolvingMask, GraphCutPartitioner, PartMask, PartTeacher, parts_from_segmentation
 from maskevolve.parts import mincut
 from maskevolve.schedule import alpha_at, num_parts_at, num_parts_by
 from maskevolve.viz import mask_picture, part_picture
@@ -70,6 +70,19 @@ def masks() -> Figure:
     page = names("masks.md", "half_way")
     titles = ["10 parts", *(type(mask).__name__ for mask in page["masks"][:-1]), "Evolving, alpha 0.5"]
     return panels(page["pictures"], titles, 3)
+
+
+def shares() -> Figure:
+    """What masks that remove not only whole parts leave of the same photograph."""
+    page = names("masks.md", "half_way")
+    options = [{"share": 0.5}, {"share": 0.25}, {"hint": 0.1}, {"share": 0.5, "hint": 0.1}]
+    masks = [PartMask(), *(PartMask(**each) for each in options)]
+    pictures = [part_picture(page["images"][0], page["parts"][0])]
+    for mask in masks:
+        torch.manual_seed(2)
+        pictures.append(mask_picture(page["images"][0], mask.sample(1, GRID, 0.75, parts=page["parts"])[0]))
+    titles = [", ".join(f"{name} {value}" for name, value in each.items()) for each in options]
+    return panels(pictures, ["10 parts", "PartMask()", *titles], 3)
 
 
 def evolving() -> Figure:
@@ -245,7 +258,20 @@ def tubes() -> Figure:
 
 PICTURES: dict[str, Callable[[], Figure]] = {
     drawing.__name__: drawing
-    for drawing in (masks, evolving, schedules, own_masks, noise, cut, tree, smoothness, own_parts, quickstart, tubes)
+    for drawing in (
+        masks,
+        shares,
+        evolving,
+        schedules,
+        own_masks,
+        noise,
+        cut,
+        tree,
+        smoothness,
+        own_parts,
+        quickstart,
+        tubes,
+    )
 }
 
 

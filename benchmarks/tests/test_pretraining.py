@@ -14,16 +14,15 @@ import pretraining
 import processes
 import pytest
 import torch
-from mask_runs import SIZES, Run, file_name
-from methods import BASELINE, CHOICES, DEFAULT, METHODS, BoxTeacher, Method
-from pictures import MEAN, STD, Data, crop, normalised, patches_in, random_crops
+from disturbed import disturbed
+from mask_runs import SIZES, Run, Sets, file_name
+from methods import METHODS, SHUFFLED, WITH_PARTS, GreenNoise
+from pictures import MEAN, Data, crop, normalised, patches_in, random_crops
 from PIL import Image
-from probes import MORE
-from tables import pretraining_cells
+from regions import pairs_told_apart, read_crops, whitened
+from segmented import UNLABELLED
+from tables import PRIMARY, SECONDARY, study_cells
 from test_pretrain import equal
-from torch.nn.functional import avg_pool2d
-
-from maskevolve import MaskedPatches, RandomMask
 
 CI = SIZES["ci"]
 CLASSES, TRAIN, VAL = 3, 20, 6
@@ -49,8 +48,21 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data(folder):
-    return Data.read(folder, CI.image, CI.patch, CI.labelled)
+def segmented(tmp_path_factory):
+    """Pictures of two halves, one of them with a part that nobody has labelled."""
+    folder, draws = make(tmp_path_factory.mktemp("people") / "bsds/test"), np.random.default_rng(0)
+    for index in range(12):
+        labels = np.ones((64, 64), np.uint8)
+        labels[:, draws.integers(24, 40) :] = 2
+        labels[: draws.integers(20)] = 0
+        Image.fromarray(labels * 100).save(folder / f"{index}.jpg")
+        Image.fromarray(labels).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sets(folder, segmented):
+    return Sets.read(folder, CI, [segmented])
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +73,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def work(path, data, jobs=(("grid to part", 3),)):
-    pretraining.work(0, list(jobs), "ci", data, "cpu", "this one", make(path / "out"), make(path / "runs"))
+def work(path, sets, jobs=(("grid to part", 3),), curve=False):
+    pretraining.work(0, list(jobs), "ci", sets, curve, "cpu", "this one", make(path / "out"), make(path / "runs"))
     return [json.loads((path / "out" / f"{file_name(*job)}.json").read_text()) for job in jobs]
 
 
@@ -80,7 +92,7 @@ def figures(result):
 
 STOPS = {
     "in an epoch": (mask_runs.Run, "step"),
-    "in a measure": (mask_runs, "measure"),
+    "in a measure": (mask_runs, "regions"),
     "in fine-tuning": (mask_runs, "fine_tune"),
     "while a checkpoint is written": (torch, "save"),
     "before it takes the place of the last": (mask_runs.os, "replace"),
@@ -100,7 +112,7 @@ STOPS = {
         ("when it is finished", 1),
     ],
 )
-def test_a_run_that_was_stopped_ends_like_one_that_was_not(whole, tmp_path, monkeypatch, data, where, calls):
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(whole, tmp_path, monkeypatch, sets, where, calls):
     owner, name = STOPS[where]
     function, called = getattr(owner, name), []
 
@@ -114,121 +126,90 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(whole, tmp_path, monk
 
     monkeypatch.setattr(owner, name, stop)
     with pytest.raises(KeyboardInterrupt):
-        work(tmp_path, data)
+        work(tmp_path, sets)
     monkeypatch.undo()
-    (result,) = work(tmp_path, data)
+    (result,) = work(tmp_path, sets)
     assert figures(result) == figures(whole)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, data):
+def whole(tmp_path_factory, sets):
     torch.set_num_threads(1)
-    return work(tmp_path_factory.mktemp("whole"), data)[0]
+    return work(tmp_path_factory.mktemp("whole"), sets)[0]
 
 
-def test_a_model_that_is_not_pretrained_is_measured_once(data, tmp_path):
-    (result,) = work(tmp_path, data, [("not pretrained", 0)])
+def test_a_model_that_is_not_pretrained_is_measured_once(sets, tmp_path):
+    (result,) = work(tmp_path, sets, [("not pretrained", 0)])
     (row,) = result["curve"]
     assert (row["epoch"], row["training_loss"], result["losses"]) == (0, None, [])
-    start = Run("random", 0, CI, data, "cpu")
-    start.losses = [1.0]
-    start.measure()
-    assert row["linear"] == start.curve[0]["linear"], "the weights that all masks start from"
     assert 0 < row["fine_tuned"] <= 1
-
-
-def test_what_an_earlier_code_did_not_measure_is_measured(whole, data, tmp_path):
-    work(tmp_path, data)
-    path = tmp_path / "runs/grid-to-part-3/state.pt"
-    state = torch.load(path)
-    for name in (*MORE, "more_pictures"):
-        del state["curve"][-1][name]
-    torch.save(state, path)
-    (tmp_path / "out/grid-to-part-3.json").unlink()
-    assert figures(work(tmp_path, data)[0]) == figures(whole)
 
 
 def test_what_is_written_says_how_it_came_about(whole):
     assert [row["epoch"] for row in whole["curve"]] == [1, 2, 4]
-    assert all({"linear", "knn", "segmentation", "fixed_loss", "training_loss"} <= row.keys() for row in whole["curve"])
+    assert all({"regions_bsds", "training_loss"} <= row.keys() for row in whole["curve"])
+    assert [row["epoch"] for row in whole["curve"] if "fine_tuned" in row] == [4]
     last = whole["curve"][-1]
-    assert all(0 <= last[name] <= 1 for name in ("fine_tuned", *MORE))
-    assert last["more_pictures"] == CLASSES * max(1, round(0.1 * TRAIN))
+    assert all(0 <= last[name] <= 1 for name in (PRIMARY | SECONDARY) if name != "regions_coco")
     assert whole["seconds"] > 0
     assert {"versions", "commits", "seed", "machine"} <= whole.keys()
     settings = whole["settings"]
+    assert settings["pictures"] == {"train": CLASSES * TRAIN, "scored": CLASSES * max(1, round(0.1 * TRAIN))}
     assert settings["size"]["width"] == CI.width
     assert settings["teacher"]["decay"] == 0.99
     assert "PartMask" in settings["masking"]
 
 
+def test_a_curve_adds_points_and_changes_no_end(whole, tmp_path, sets):
+    (result,) = work(tmp_path, sets, curve=True)
+    assert [row["epoch"] for row in result["curve"] if "fine_tuned" in row] == [1, 2, 4]
+    assert figures(result["curve"][-1]) == figures(whole["curve"][-1])
+    with pytest.raises(SystemExit, match=r"made with fine_tuned_at \[1, 2, 4\], not \[4\]"):
+        work(tmp_path, sets)
+
+
 @pytest.mark.parametrize("mask", METHODS)
-def test_every_mask_trains(mask, data):
-    run = Run(mask, 0, replace(CI, epochs=2), data, "cpu")
+def test_every_mask_trains(mask, sets):
+    run = Run(mask, 0, replace(CI, epochs=2), sets, "cpu")
     while run.epoch < run.epochs:
         run.train_epoch()
     assert np.isfinite(run.losses).all()
-    assert run.epochs == {"random, longer": 3, "not pretrained": 0}.get(mask, 2)
+    assert run.epochs == {"not pretrained": 0}.get(mask, 2)
+    assert " at 0x" not in str(run.settings), "a run of another process would be refused"
 
 
-def test_a_choice_changes_one_setting(data):
-    def settings(mask):
-        found = Run(mask, 0, CI, data, "cpu").settings
-        del found["points"]
-        return found.pop("teacher") or {}, found
-
-    teacher, others = settings(DEFAULT)
-    for mask in CHOICES:
-        its_teacher, its_others = settings(mask)
-        changed = [name for name in others if its_others[name] != others[name]]
-        if not mask.startswith("random") and mask != "people's boxes":
-            changed += [name for name in teacher if its_teacher[name] != teacher[name]]
-            assert len(changed) == 1, (mask, changed)
-        elif mask == "random to part, alpha to 0.5":
-            assert changed == ["masking"]
-            assert its_teacher == teacher
+def test_shuffled_parts_have_the_sizes_of_parts_and_lie_anywhere(sets):
+    images = normalised(sets.data.val.images)
+    parts, shuffled = (Run(mask, 0, CI, sets, "cpu").teacher(images) for mask in ("half by parts", SHUFFLED))
+    assert not torch.equal(parts, shuffled)
+    for ours, theirs in zip(parts, shuffled, strict=True):
+        assert torch.equal(ours.bincount(minlength=40), theirs.bincount(minlength=40))
+    assert SHUFFLED not in WITH_PARTS
 
 
-def test_the_mask_ratio_of_a_choice_is_what_it_trains_with(monkeypatch, data):
-    run = Run("mask ratio 0.5", 0, CI, data, "cpu")
-    forward, seen = run.model.forward, []
-    monkeypatch.setattr(run.model, "forward", lambda *args: seen.append(forward(*args)) or seen[-1])
-    run.train_epoch()
-    assert all((mask.sum(1) == mask.shape[1] / 2).all() for _, _, mask in seen)
+def test_green_noise_leaves_neither_single_patches_nor_large_holes():
+    """Of neighbours: they are more alike than at random, and those three patches away are less."""
+    masks = GreenNoise().sample(500, 16, 0.5, generator=torch.Generator().manual_seed(0)).view(-1, 16, 16).float()
+    near, far = (float((masks[:, :, step:] == masks[:, :, :-step]).float().mean()) for step in (1, 3))
+    assert near > 0.55
+    assert far < 0.5
 
 
-def test_parts_from_boxes_follow_the_crops(monkeypatch, data):
-    """In these pictures the box holds a square of one colour at 250 or more of 255, and the ground is below 120."""
-    run, least = Run("people's boxes", 0, CI, data, "cpu"), (200 / 255 - np.array(MEAN)) / STD
-    parts, teacher = [], run.teacher
-    monkeypatch.setattr(teacher, "forward", lambda seen: parts.append(BoxTeacher.forward(teacher, seen)) or parts[-1])
-    step, images = run.step, []
-    monkeypatch.setattr(run, "step", lambda x, *rest: images.append(x) or step(x, *rest))
-    run.train_epoch()
-    bright = torch.cat(images) > torch.tensor(least, dtype=torch.float32)[:, None, None]
-    share = avg_pool2d(bright.any(1, keepdim=True).float(), CI.patch).flatten(1)
-    agree = (torch.cat(parts) == 1) == (share > 0.5)
-    assert agree.float().mean() > 0.9
-    no_boxes = data._replace(train=data.train._replace(objects=None))
-    with pytest.raises(SystemExit, match=r"people's boxes needs boxes\.csv"):
-        Run("people's boxes", 0, CI, no_boxes, "cpu")
-
-
-def test_masks_of_a_seed_share_weights_and_batches(monkeypatch, data):
+def test_masks_of_a_seed_share_weights_and_batches(monkeypatch, sets):
     def begin(mask, seed):
-        run, seen = Run(mask, seed, replace(CI, epochs=1), data, "cpu"), []
+        run, seen = Run(mask, seed, replace(CI, epochs=1), sets, "cpu"), []
         start = run.model.state_dict()["encoder.cls_token"].clone(), run.model.decoder_pred.weight.clone()
         monkeypatch.setattr(run, "step", lambda images, *_: seen.append(images) or images.mean())
         run.train_epoch()
         return [*start, *seen]
 
     random = begin("random", 0)
-    assert equal(random, begin("grid to part, EM", 0))
+    assert equal(random, begin("half by parts, EM", 0))
     assert not equal(random, begin("random", 1))
 
 
-def test_epochs_draw_other_masks_and_batches(monkeypatch, data):
-    run, seen = Run("random", 0, CI, data, "cpu"), []
+def test_epochs_draw_other_masks_and_batches(monkeypatch, sets):
+    run, seen = Run("random", 0, CI, sets, "cpu"), []
     monkeypatch.setattr(run, "step", lambda images, *_: seen.append((images, torch.rand(1))) or images.mean())
     run.train_epoch()
     run.train_epoch()
@@ -237,38 +218,14 @@ def test_epochs_draw_other_masks_and_batches(monkeypatch, data):
     assert not equal(first[1], second[1])
 
 
-class Leak(RandomMask):
-    """Says that it removes patches, and shows them all."""
-
-    def forward(self, x, mask_ratio=0.75, **kwargs):
-        mask = super().forward(x, mask_ratio, **kwargs).mask
-        return MaskedPatches(x, mask, torch.arange(x.shape[1]).expand(len(x), -1))
-
-
-def test_a_mask_that_leaks_is_found_out_by_the_loss_on_fixed_masks(monkeypatch, data):
-    monkeypatch.setitem(METHODS, "leak", Method(lambda epochs: Leak()))
-
-    def last(mask):
-        run = Run(mask, 0, replace(CI, epochs=20), data, "cpu")
-        for _ in range(20):
-            run.train_epoch()
-        run.measure()
-        return run.curve[-1]
-
-    random, leak = last("random"), last("leak")
-    assert leak["training_loss"] < 0.9 * random["training_loss"], "by its own loss it is the best of masks"
-    assert leak["fixed_loss"] > 1.1 * random["fixed_loss"]
-
-
-def test_measures_change_nothing_and_repeat(data):
-    run = Run("random", 0, CI, data, "cpu")
+def test_measures_change_nothing_and_repeat(sets):
+    run = Run("random", 0, CI, sets, "cpu")
     before = {name: value.clone() for name, value in run.model.state_dict().items()}, torch.get_rng_state()
     masking = run.model.masking
     run.epoch, run.losses = run.epochs, [1.0]
     run.measure()
-    (first,) = run.curve
     run.measure()
-    assert run.curve == [first]
+    assert run.curve[0] == run.curve[1]
     assert equal(before, (dict(run.model.state_dict()), torch.get_rng_state()))
     assert run.model.masking is masking
     assert run.model.training
@@ -279,39 +236,85 @@ def test_probes_find_what_is_there(whole):
     """Colours are plain to see, even for an encoder that has barely learned."""
     last = whole["curve"][-1]
     assert min(last["linear"], last["knn"]) > 0.8
-    assert last["segmentation"] > 0.6
+    assert last["boxes"] > 0.6
+    assert last["regions_bsds"] > 0.7
 
 
-def test_probes_never_learn_from_what_is_held_out_or_reported(data):
+def test_probes_never_learn_from_what_is_scored(folder, sets):
     held = max(1, round(0.1 * TRAIN))
-    assert len(data.fit.images) == CLASSES * (TRAIN - held)
-    assert len(data.held_out.images) == CLASSES * held
-    assert len(data.train.images) == CLASSES * TRAIN
-    pictures = [{image.numpy().tobytes() for image in part.images} for part in (data.fit, data.held_out, data.val)]
+    assert len(sets.data.fit.images) == CLASSES * (TRAIN - held)
+    assert len(sets.data.held_out.images) == len(sets.data.rest.images) == CLASSES * held
+    few = Data.read(folder, CI.image, CI.patch, 7)
+    assert len(few.rest.images) == CLASSES * (TRAIN - 7)
+    pictures = [{image.numpy().tobytes() for image in part.images} for part in (few.fit, few.rest, few.val)]
     assert len(set.union(*pictures)) == sum(map(len, pictures)) == CLASSES * (TRAIN + VAL)
 
 
-def test_choices_are_made_on_pictures_that_no_probe_learns_from(folder):
-    data = Data.read(folder, CI.image, CI.patch, 7)
-    assert len(data.rest.images) == CLASSES * (TRAIN - 7)
-    rest = {image.numpy().tobytes() for image in data.rest.images}
-    assert not rest & {image.numpy().tobytes() for image in (*data.fit.images, *data.val.images)}
-    assert {image.numpy().tobytes() for image in data.held_out.images} <= rest
-
-
-def test_without_boxes_there_is_no_segmentation(tmp_path, folder, capsys):
+def test_without_boxes_and_people_what_needs_them_is_left_out(tmp_path, folder, capsys):
     for split in ("train", "val"):
         (tmp_path / split).symlink_to(folder / split)
-    data = Data.read(tmp_path, CI.image, CI.patch, 7)
-    assert "segmentation probe is left out" in capsys.readouterr().out
-    assert len(data.fit.images) == CLASSES * 7
-    run = Run("random", 0, replace(CI, epochs=1), data, "cpu")
-    run.train_epoch()
-    run.measure()
-    assert run.curve[-1]["segmentation"] is None
+    sets = Sets.read(tmp_path, CI)
+    assert "no" in capsys.readouterr().out
+    (result,) = work(tmp_path, sets, [("not pretrained", 0)])
+    (row,) = result["curve"]
+    assert row["boxes"] is None
+    assert not {"exchanged", "regions_bsds"} & row.keys()
+    assert 0 <= row["parts_hidden"] <= 1
     (tmp_path / "boxes.csv").write_text("path,x0,y0,x1,y1\n")
     with pytest.raises(SystemExit, match=r"no row for train/c0/00\.png"):
         Data.read(tmp_path, CI.image, CI.patch, 5)
+
+
+def test_disturbed_pictures_keep_what_they_should(sets):
+    """Squares of 250 or more of the colour of the class, on a ground below 120."""
+    pictures = sets.data.train
+    found = disturbed(pictures, CI.patch)
+    grey = (255 * torch.tensor(MEAN)).byte().view(3, 1, 1)
+    for name in ("parts_hidden", "patches_hidden"):
+        hidden = (found[name].images == grey).all(1).unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).all(4).all(2)
+        assert (hidden.sum((1, 2)) == 8).all(), name
+        assert torch.equal(found[name].classes, pictures.classes)
+    inside = pictures.objects.view(-1, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
+    assert torch.equal(found["exchanged"].images[inside], pictures.images[inside])
+    outside = found["exchanged"].images.where(~inside, 0)
+    source = [
+        (outside == other.where(~inside, 0)).flatten(1).all(1)
+        for other in (pictures.images, pictures.images.roll(30, 0))
+    ]
+    assert not source[0].any()
+    assert source[1].all()
+    assert (pictures.classes != pictures.classes.roll(30)).float().mean() > 0.6
+
+
+def test_crops_of_regions_have_two_of_them(segmented):
+    crops = read_crops(segmented, CI.image, CI.patch)
+    assert crops.images.shape[1:] == (3, 32, 32)
+    for image, regions in zip(crops.images, crops.regions, strict=True):
+        known = regions != UNLABELLED
+        assert set(regions[known].tolist()) == {1, 2}
+        bright = image.float().mean(0).view(4, 8, 4, 8).mean((1, 3)).flatten() > 150
+        assert torch.equal(bright[known], regions[known] == 2)
+
+
+def test_pairs_that_are_told_apart_by_hand():
+    """Of 2 x 2 patches: the pairs of neighbours are two of one region, above one another, and two of different ones."""
+    regions = torch.tensor([[5, 7, 5, 7]])
+    east, north = [1.0, 0.0], [0.0, 1.0]
+    assert pairs_told_apart(torch.tensor([[east, north, east, north]]), regions) == 1
+    assert pairs_told_apart(torch.tensor([[east, east, east, east]]), regions) == 0.5
+    assert pairs_told_apart(torch.tensor([[east, east, north, north]]), regions) == 0
+    half = torch.tensor([[east, east, north, [0.6, 0.8]]])  # 0 and .6 in a region, 1 and .8 between
+    assert pairs_told_apart(half, regions) == 0
+    unknown = torch.tensor([[5, 7, UNLABELLED, 7]])  # 1 in the region, 0 between
+    assert pairs_told_apart(torch.tensor([[east, north, east, north]]), unknown) == 1
+
+
+def test_whitened_tokens_tell_no_places():
+    draws = torch.randn(50, 16, 4, generator=torch.Generator().manual_seed(0))
+    places = 100 * torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    found = whitened(draws * torch.tensor([1.0, 1.0, 30.0, 30.0]) + places)
+    assert found.mean(0).abs().max() < 1e-3
+    assert found.flatten(0, 1).std(0).numpy() == pytest.approx(np.ones(4), abs=0.02)
 
 
 def test_patches_in_a_box_by_hand():
@@ -335,7 +338,7 @@ def test_boxes_follow_pictures_that_are_no_squares(tmp_path):
     assert objects[0].view(4, 4).int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
 
 
-def test_crops_lie_in_the_picture_and_differ(data):
+def test_crops_lie_in_the_picture_and_differ(sets):
     ramp = torch.arange(32, dtype=torch.uint8).expand(200, 3, 32, 32)
     images = normalised(crop(ramp, random_crops(200, torch.Generator().manual_seed(0))))
     least, most = normalised(ramp).flatten(2).min(2).values, normalised(ramp).flatten(2).max(2).values
@@ -350,34 +353,18 @@ def test_crops_lie_in_the_picture_and_differ(data):
 def test_workers_share_the_runs_and_a_second_command_makes_none_again(tmp_path, folder, monkeypatch):
     forkserver = processes.context()
     monkeypatch.setattr(pretraining.multiprocessing, "get_context", lambda method: forkserver)
-    options = ["--data", folder, "--size", "ci", "--device", "cpu", "--masks", "random", "grid to block"]
+    options = ["--data", folder, "--size", "ci", "--device", "cpu", "--masks", "random", "green"]
     options += ["--seeds", 0, 1, "--workers", 2, "--out", tmp_path / "out", "--runs", tmp_path / "runs"]
     pretraining.main([str(option) for option in options])
-    names = [f"{mask}-{seed}.json" for mask in ("grid-to-block", "random") for seed in (0, 1)]
+    names = [f"{mask}-{seed}.json" for mask in ("green", "random") for seed in (0, 1)]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     times = [(tmp_path / "out" / name).stat().st_mtime_ns for name in names]
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [row["seeds"] for row in rows] == [2, 2]
     with Image.open(tmp_path / "out.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
-    data = Data.read(folder, CI.image, CI.patch, CI.labelled)
-    work(tmp_path, data, [("random", 0), ("grid to block", 1)])
+    work(tmp_path, Sets.read(folder, CI), [("random", 0), ("green", 1)])
     assert times == [(tmp_path / "out" / name).stat().st_mtime_ns for name in names]
-
-
-def test_choices_are_not_scored_on_what_is_reported(tmp_path, data, capsys):
-    jobs = [(BASELINE, 0), (DEFAULT, 0), ("mask ratio 0.5", 0)]
-    runs = work(tmp_path, data, jobs)
-    assert [row["epoch"] for row in runs[2]["curve"]] == [CI.epochs]
-    assert not {"linear", "knn", "fine_tuned", "segmentation", "fixed_loss"} & runs[2]["curve"][0].keys()
-    pretraining.report(tmp_path / "out")
-    result = json.loads((tmp_path / "out.json").read_text())
-    assert [row["name"] for row in result["rows"]] == [BASELINE, DEFAULT]
-    assert [row["name"] for row in result["against_default"]] == [job[0] for job in jobs]
-    row = result["against_default"][2]
-    ends = [run["curve"][-1]["more_knn"] for run in runs]
-    assert row["more_knn_difference"] == [pytest.approx(ends[2] - ends[1]), None, None], "against the default"
-    assert pretraining_cells(row, "more_")["knn"] == f"{ends[2]:.3f}; {ends[2] - ends[1]:+.3f}"
 
 
 def test_workers_end_with_a_command_that_is_killed(tmp_path, folder):
@@ -407,81 +394,102 @@ def wait_for(condition):
     raise AssertionError("nothing happened for three minutes")
 
 
-def test_a_run_that_another_process_makes_is_left_to_it(tmp_path, data):
+def test_a_run_that_another_process_makes_is_left_to_it(tmp_path, sets):
     with pretraining.locked(tmp_path / "runs/random-0") as ours:
         assert ours
-        pretraining.work(0, [("random", 0)], "ci", data, "cpu", "", make(tmp_path / "out"), tmp_path / "runs")
+        pretraining.work(0, [("random", 0)], "ci", sets, False, "cpu", "", make(tmp_path / "out"), tmp_path / "runs")
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_files_of_other_settings_are_refused(tmp_path, data, monkeypatch):
-    work(tmp_path, data, [("random", 0)])
+def test_files_of_other_settings_are_refused(tmp_path, sets, monkeypatch):
+    work(tmp_path, sets, [("random", 0)])
     monkeypatch.setitem(METHODS, "random", METHODS["random"]._replace(mask_ratio=0.5))
     with pytest.raises(SystemExit, match=r"random-0\.json was made with mask_ratio 0\.75, not 0\.5: move it away"):
-        work(tmp_path, data, [("random", 0)])
+        work(tmp_path, sets, [("random", 0)])
     (tmp_path / "out/random-0.json").unlink()
     with pytest.raises(SystemExit, match=r"state\.pt was made with mask_ratio 0\.75, not 0\.5"):
-        work(tmp_path, data, [("random", 0)])
+        work(tmp_path, sets, [("random", 0)])
 
 
-def test_a_loss_that_is_no_number_stops_its_run_and_no_other(tmp_path, data, monkeypatch):
+def test_a_loss_that_is_no_number_stops_its_run_and_no_other(tmp_path, sets, monkeypatch):
     step = Run.step
     spoil = {"random": float("nan"), "block": 1.0}
     monkeypatch.setattr(Run, "step", lambda run, *args: step(run, *args) * spoil[run.mask])
     with pytest.raises(SystemExit, match="random, seed 5: the loss of epoch 0 is nan"):
-        work(tmp_path, data, [("random", 5), ("block", 5)])
+        work(tmp_path, sets, [("random", 5), ("block", 5)])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["block-5.json"]
 
 
 def finished(mask, seed, value, seconds=1.0, **settings):
-    row = {"epoch": 4, "fine_tuned": value, "linear": value, "knn": value, "segmentation": None, "fixed_loss": value}
+    row = {"epoch": 4, "fine_tuned": value, "knn": value, "linear": value, "boxes": None}
     same = dict.fromkeys(("size", "probes", "pictures", "fingerprint"), 0) | {"epochs": 4}
     times = {"seconds": 2 * seconds, "processor_seconds": seconds}
     where = {"machine": "this one", "device": "cpu"}
     return {"mask": mask, "seed": seed, **where, **times, "settings": same | settings, "curve": [row]}
 
 
-def write_all(folder, runs):
+def report(folder, runs):
     make(folder)
     for run in runs:
         (folder / f"{file_name(run['mask'], run['seed'])}.json").write_text(json.dumps(run))
+    pretraining.report(folder)
+    return json.loads(folder.with_suffix(".json").read_text())
 
 
 def test_differences_are_paired_by_seed(tmp_path, capsys):
     """By hand: .01, .02 and .03 have the standard error .01 / sqrt(3), and t of 2 degrees of freedom is 4.3027."""
     random = [finished("random", seed, value) for seed, value in ((0, 0.1), (1, 0.5), (2, 0.3), (9, 0.9))]
     block = [finished("block", seed, value, 3.0) for seed, value in ((0, 0.11), (1, 0.52), (2, 0.33), (7, 0.0))]
-    write_all(tmp_path / "study", [*random, *block, finished("grid", 1, 0.4)])
-    pretraining.report(tmp_path / "study")
-    rows = {row["name"]: row for row in json.loads((tmp_path / "study.json").read_text())["rows"]}
+    found = report(tmp_path / "study", [*random, *block, finished("green", 1, 0.4)])
+    rows = {row["name"]: row for row in found["rows"]}
     row, half = rows["block"], 4.302653 * 0.01 / 3**0.5
-    assert (row["seeds"], row["pairs"]) == (4, 3)
+    assert (row["seeds"], row["pairs"]) == (3, 3), "the screen has seeds 0 to 2"
     assert row["time"] == pytest.approx(3)
-    assert row["linear"] == pytest.approx((0.11 + 0.52 + 0.33) / 4)
+    assert row["linear"] == pytest.approx((0.11 + 0.52 + 0.33) / 3)
     assert row["linear_difference"] == pytest.approx([0.02, 0.02 - half, 0.02 + half], abs=1e-6)
-    assert rows["grid"]["linear_difference"] == [pytest.approx(-0.1), None, None], "one pair has no interval"
-    assert rows["random"]["segmentation"] is row["segmentation_difference"] is None
+    assert rows["green"]["linear_difference"] == [pytest.approx(-0.1), None, None], "one pair has no interval"
+    assert rows["random"]["boxes"] is row["boxes_difference"] is row["regions_coco"] is None
     assert rows["random"]["linear_difference"] is None
+    assert (found["chosen"], found["confirmation"]) == (None, [])
     printed = capsys.readouterr().out
     assert "+0.020 (-0.005 to +0.045)" in printed
     assert "0.400; -0.100  " in printed
+    assert study_cells(row, PRIMARY)["p, fine-tuned"] == "0.59", "eight times .0742, for eight rows are planned"
 
 
-def test_the_table_of_more_pictures_holds_them_and_no_other(tmp_path):
-    runs = [finished("random", 0, 0.1), finished("block", 0, 0.2)]
-    for run, value in zip(runs, (0.5, 0.75), strict=True):
-        run["curve"][-1] |= dict.fromkeys(MORE, value)
-    write_all(tmp_path / "study", [*runs, finished("grid", 0, 0.1)])
-    pretraining.report(tmp_path / "study")
-    rows = {row["name"]: row for row in json.loads((tmp_path / "study.json").read_text())["rows"]}
-    assert pretraining_cells(rows["block"], "more_")["linear"] == "0.750; +0.250"
-    assert pretraining_cells(rows["block"])["linear"] == "0.200; +0.100"
-    assert pretraining_cells(rows["grid"], "more_")["linear"] == "", "not measured"
+def screen_and_fresh(best="random to part, half"):
+    """Runs whose seeds differ, and differ otherwise for each mask."""
+    means = dict.fromkeys(METHODS, 0.3) | {best: 0.4, SHUFFLED: 0.9}
+    runs = {(mask, seed): mean for mask, mean in means.items() for seed in range(3)}
+    runs |= {(mask, seed): means[mask] for mask in ("random", "green", "block", best) for seed in range(3, 9)}
+    draws = np.random.default_rng(0)
+    return [finished(*run, mean + float(draws.normal(0, 0.004))) for run, mean in runs.items()]
+
+
+def test_the_best_row_with_parts_is_chosen_by_the_screen_and_confirmed_by_fresh_seeds(tmp_path):
+    found = report(tmp_path / "study", screen_and_fresh())
+    assert found["chosen"] == "random to part, half", "not the shuffled parts, which are a control"
+    names = [row["name"] for row in found["confirmation"]]
+    assert names == [f"random to part, half, against {mask}" for mask in ("random", "green", "block")]
+    for row in found["confirmation"]:
+        assert (row["seeds"], row["pairs"]) == (6, 6)
+        assert row["knn_difference"][0] == pytest.approx(0.1, abs=0.01)
+        assert 0 < row["knn_p"] <= row["knn_holm"] < 0.01
+    less = [run for run in screen_and_fresh() if (run["mask"], run["seed"]) != ("grid to part, hint", 1)]
+    (tmp_path / "study/grid-to-part-hint-1.json").unlink()
+    assert report(tmp_path / "study", less)["chosen"] is None, "not before all rows have all seeds"
+
+
+def test_probabilities_are_corrected_by_holms_procedure():
+    """By hand, of four rows one of which is to come: .01, .02 and .03 times 4, 3 and 2, none below the one before."""
+    probabilities = dict(zip("abcd", (0.02, 0.01, 0.03, None), strict=True))
+    rows = [{"name": name, **{f"{each}_p": p for each in PRIMARY | SECONDARY}} for name, p in probabilities.items()]
+    found = [row.get("knn_holm") for row in pretraining.with_holm(rows, 4)]
+    assert found == [pytest.approx(0.06), pytest.approx(0.04), pytest.approx(0.06), None]
 
 
 def test_runs_of_different_settings_are_not_averaged(tmp_path):
-    write_all(tmp_path / "study", [finished("random", 0, 0.1), finished("random", 1, 0.1, probes=1)])
     with pytest.raises(SystemExit, match="more than one probes"):
-        pretraining.report(tmp_path / "study")
+        report(tmp_path / "study", [finished("random", 0, 0.1), finished("random", 1, 0.1, probes=1)])
     with pytest.raises(SystemExit, match="holds no finished run"):
         pretraining.report(tmp_path)

@@ -13,7 +13,7 @@ def save(tmp_path, monkeypatch):
 
     def write(name, rows):
         (tmp_path / "here").mkdir(exist_ok=True)
-        result = {"machine": "Here", "device": "cuda", "rows": rows}
+        result = {"machine": "Here", "device": "cuda", "rows": rows, "confirmation": []}
         (tmp_path / "here" / f"{name}.json").write_text(json.dumps(result))
 
     return write
@@ -75,3 +75,34 @@ def test_moving_shapes_have_both_indices_of_each_motion(save):
 
 def test_a_table_without_a_file_says_so(save):
     assert tables.render("<!-- clips -->\n<!-- end -->") == f"<!-- clips -->\n{tables.NO_FILE}\n<!-- end -->"
+
+
+def differences(name, **means):
+    found = {"name": name, "seeds": 3, "pairs": 3, "time": 1.5, "with_parts": "part" in name}
+    for measure, mean in means.items():
+        apart = None if name == "random" else [mean, mean - 0.01, mean + 0.01]
+        found |= {measure: 0.3, f"{measure}_difference": apart, f"{measure}_holm": None if apart is None else 0.25}
+    return found
+
+
+def test_the_study_has_a_column_for_each_measure_and_its_corrected_probability(save):
+    save("patch4", [differences(name, fine_tuned=-0.02, knn=0.01) for name in ("random", "half by parts")])
+    assert tables.study("primary").splitlines() == [
+        "| Here | seeds | time | fine-tuned | p, fine-tuned | k-NN | p, k-NN |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| random | 3 | 1.50 | 0.300 |  | 0.300 |  |",
+        "| half by parts | 3 | 1.50 | 0.300; -0.020 (-0.030 to -0.010) | 0.25 | "
+        "0.300; +0.010 (+0.000 to +0.020) | 0.25 |",
+    ]
+    assert tables.study("confirmation") == tables.NO_FILE
+
+
+def test_the_sentences_on_accuracy_name_all_rows_with_seeds(monkeypatch):
+    rows = [differences(name, fine_tuned=-0.02, knn=0.01) for name in ("random", "block", "half by parts", "parts, EM")]
+    new = {"rows": rows, "baseline": "random", "settings": {"size": {"patch": 4, "epochs": 5}}}
+    old = {"rows": [differences("grid to part", more_fine_tuned=-0.5)]}
+    monkeypatch.setattr(tables, "read", {"patch4": new, "pretraining": old}.get)
+    told = " ".join(tables.learned().split())
+    both = "-0.020 (-0.030 to -0.010) and +0.010 (+0.000 to +0.020)"
+    assert f"block {both}; half by parts {both}; parts, EM {both}. Of the five masks with parts, 2 are" in told
+    assert "-0.500 (-0.510 to -0.490) for grid to part" in told

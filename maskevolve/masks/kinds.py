@@ -104,8 +104,8 @@ class PartMask(Masking):
 
     Args:
         grid_size: as in `Masking`.
-        share: at most this share of the removed patches are whole parts, from 0 to 1; the rest are drawn at random from
-            all others (HPM, https://arxiv.org/abs/2304.05919, has 0.5 at the end of its training).
+        share: at most this share of the removed patches, from 0 to 1, is taken by whole parts; the rest are drawn at
+            random from all others and may complete a part (HPM, https://arxiv.org/abs/2304.05919, ends with 0.5).
         hint: chance of each patch of a hidden part to stay visible, from 0 to 1 (the hints of AttMask,
             https://arxiv.org/abs/2203.12719). As many more patches of other parts are removed.
 

@@ -31,7 +31,7 @@ class GraphCutPartitioner(Partitioner):
     affinity.
 
     Args:
-        num_parts: number of parts K where the call names none.
+        num_parts: the most parts K of an image, where the call names none. Their sizes differ.
         smoothness: weight of the edges against the distances to the means: higher gives smoother outlines and fewer
             parts. Where None: 16 for edges from images, 0.3 for those from the affinity.
         solver: of `maskevolve.parts.grid_min_cut`: "auto", "pymaxflow", "scipy", "torch" or "triton".

@@ -199,8 +199,9 @@ class PartTeacher(_Teacher):
         partitioner: GraphCutPartitioner() or EMPartitioner(), or any module called alike; it gets `images` if it takes
             them.
         total_epochs: length of training, in epochs.
-        num_parts: number of parts in the first and in the last epoch; it changes linearly. Or a function of progress,
-            ``epoch / (total_epochs - 1)`` in [0, 1], to the number of parts; what it returns is rounded.
+        num_parts: the most parts of an image in the first and in the last epoch; it changes linearly. Or a function of
+            progress, ``epoch / (total_epochs - 1)`` in [0, 1], to that number; what it returns is rounded. Parts differ
+            in size, and an image gets fewer where it supports no more: ``len(parts[0].unique())`` counts them.
         decay: of the moving average, for each update, in [0, 1]; short runs want less than 0.9999. At 1, none moves it.
         layers: what is read from the average: "middle", the attention of the middle third of its layers; None, that of
             all layers, the published way; a list, that of these, counted from 0 or, below 0, from the end; "tokens",
