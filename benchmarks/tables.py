@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -211,7 +212,7 @@ def versions() -> str:
     """What CI installs."""
     pins = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (HOME / ".ci/constraints.txt").read_text(), re.MULTILINE))
     told = ", ".join(f"{name} {pins[name]}" for name in TESTED)
-    return f"The tests run with {told}."
+    return textwrap.fill(f"The tests run with {told}.", 118)
 
 
 def study(table: str) -> str:
@@ -258,14 +259,16 @@ def learned() -> str:
     by_colour = next(_difference(row, "more_fine_tuned") for row in old["rows"] if row["name"] == "grid to part")
     seeds = next(row["seeds"] for row in new["rows"] if row["name"] == new["baseline"])
     patch, epochs = (new["settings"]["size"][name] for name in ("patch", "epochs"))
-    return f"""\
-- **Accuracy.** We have not shown that models learn more with evolving masks. In our [study](docs/results.md) of a
-  small MAE, patches of {patch} pixels, {epochs} epochs and {seeds} seeds, the differences to random masks in fine-tuned
-  accuracy and in that of nearest neighbours, on 6,000 pictures and with 95 % intervals, are so far: {rows}.
-  Of the five masks with parts, {finished} are among them: the study is under way.
-  An older study, whose parts were segments of colour, saw {by_colour} for grid to part, fine-tuned. The paper
-  reports 79.89 % on ImageNet for grid to part and 79.18 % for grid to block (fine-tuned after 200 epochs), and MEDiC
-  (arXiv 2603.29009), a later method with CLIP targets, found that evolved masks do not beat block masks."""
+    told = f"""
+        **Accuracy.** We have not shown that models learn more with evolving masks. In our [study](docs/results.md)
+        of a small MAE, patches of {patch} pixels, {epochs} epochs and {seeds} seeds, the differences to random
+        masks in fine-tuned accuracy and in that of nearest neighbours, on 6,000 pictures and with 95 % intervals,
+        are so far: {rows}. Of the five masks with parts, {finished} are among them: the study is under way. An
+        older study, whose parts were segments of colour, saw {by_colour} for grid to part, fine-tuned. The paper
+        reports 79.89 % on ImageNet for grid to part and 79.18 % for grid to block (fine-tuned after 200 epochs),
+        and MEDiC (arXiv 2603.29009), a later method with CLIP targets, found that evolved masks do not beat block
+        masks."""
+    return textwrap.fill(" ".join(told.split()), 118, initial_indent="- ", subsequent_indent="  ")
 
 
 def _difference(row: Any, name: str) -> str:
