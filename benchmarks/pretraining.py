@@ -271,6 +271,8 @@ def draw(runs: dict[str, dict[int, Any]], best: str | None) -> Figure:
         ax.set(title=title, xlabel="epoch")
         if ax.has_data():
             ax.legend(fontsize=8)
+        else:
+            ax.text(0.5, 0.5, "not measured yet", ha="center", transform=ax.transAxes)
     return figure
 
 
@@ -296,7 +298,13 @@ def draw_curve(ax: Any, mask: str, runs: list[Any], name: str, place: int) -> No
         return
     epochs = [row["epoch"] for row in whole[0]["curve"]]
     values = np.array([[row[name] for row in run["curve"]] for run in whole])
-    ax.plot(epochs, values.mean(0), marker="os^D"[place % 4], label=f"{mask} ({len(whole)} seeds)", color=COLOURS[mask])
+    ax.plot(
+        epochs,
+        values.mean(0),
+        marker="os^D"[place % 4],
+        label=f"{mask}, {len(whole)} of the seeds",
+        color=COLOURS[mask],
+    )
     ax.plot(epochs, values.T, ".", markersize=3, color=COLOURS[mask])
 
 

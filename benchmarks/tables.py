@@ -263,12 +263,13 @@ def learned() -> str:
         **Accuracy.** We have not shown that models learn more with evolving masks. In our [study](docs/results.md)
         of a small MAE, patches of {patch} pixels, {epochs} epochs and {seeds} seeds, the differences to random
         masks in fine-tuned accuracy and in that of nearest neighbours, on 6,000 pictures and with 95 % intervals,
-        are so far: {rows}. Of the five masks with parts, {finished} are among them: the study is under way. An
-        older study, whose parts were segments of colour, saw {by_colour} for grid to part, fine-tuned. The paper
-        reports 79.89 % on ImageNet for grid to part and 79.18 % for grid to block (fine-tuned after 200 epochs),
-        and MEDiC (arXiv 2603.29009), a later method with CLIP targets, found that evolved masks do not beat block
-        masks."""
-    return textwrap.fill(" ".join(told.split()), 118, initial_indent="- ", subsequent_indent="  ")
+        are: {rows}. So far, {finished} of the five masks with parts have runs: the study is under way. An older
+        study, whose parts were segments of colour, saw {by_colour} for grid to part, fine-tuned. The paper reports
+        79.89 % on ImageNet for grid to part and 79.18 % for grid to block (fine-tuned after 200 epochs), and MEDiC
+        (arXiv 2603.29009), a later method with CLIP targets, found that evolved masks do not beat block masks."""
+    return textwrap.fill(
+        " ".join(told.split()), 118, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False
+    )
 
 
 def _difference(row: Any, name: str) -> str:
