@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from pictures import MEAN, Pictures
 from torch import Tensor
@@ -39,7 +41,7 @@ def disturbed(pictures: Pictures, patch: int) -> dict[str, Pictures]:
 
 def pixels(patches: Tensor, patch: int) -> Tensor:
     """From patches [n, N] to pixels [n, 1, size, size]."""
-    grid = round(patches.shape[1] ** 0.5)
+    grid = math.isqrt(patches.shape[1])
     return patches.view(-1, 1, grid, grid).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
 

@@ -18,7 +18,7 @@ import common
 import numpy as np
 import torch
 from disturbed import disturbed
-from methods import METHODS
+from methods import MASK_RATIO, METHODS
 from pictures import AREA, ASPECT, HELD_OUT, Data, Pictures, batches
 from probes import SETTINGS, classification, fine_tune, half_precision, patches_of_objects, regions
 from regions import Crops, read_all
@@ -110,7 +110,7 @@ class Run:
     def __init__(self, mask: str, seed: int, size: Size, sets: Sets, device: str, curve: bool = False) -> None:
         method = METHODS[mask]
         self.mask, self.seed, self.size, self.device = mask, seed, size, device
-        self.data, self.sets, self.mask_ratio = sets.data, sets, method.mask_ratio
+        self.data, self.sets = sets.data, sets
         self.epochs = num_epochs(mask, size)
         self.points = [max(min(1, self.epochs), round(share * self.epochs)) for share in POINTS]
         self.fine_tuned_at = self.points if curve else self.points[-1:]
@@ -140,7 +140,7 @@ class Run:
         found = {
             "masking": " ".join(re.sub(r"<function (\w+) at \w+>", r"\1", str(self.model.masking)).split()),
             "teacher": teacher,
-            "mask_ratio": self.mask_ratio,
+            "mask_ratio": MASK_RATIO,
             "epochs": self.epochs,
             "fine_tuned_at": self.fine_tuned_at,
             "size": asdict(self.size),
@@ -181,7 +181,7 @@ class Run:
             if self.teacher is not None:
                 self.teacher.set_epoch(epoch)
                 parts = self.teacher(images) if masking.needs_parts else None
-            loss = self.model(images, self.mask_ratio, parts)[0]
+            loss = self.model(images, MASK_RATIO, parts)[0]
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

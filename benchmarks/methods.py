@@ -51,7 +51,6 @@ class Method(NamedTuple):
     """From the length of training, in epochs."""
     teacher: Callable[[nn.Module, float], PartTeacher] | None = None
     """From the encoder and the length of training, for masks that need parts."""
-    mask_ratio: float = MASK_RATIO
     epochs: float = 1.0
     """Times those of the others."""
 

@@ -37,13 +37,13 @@ from mask_runs import SIZES, Run, Sets, file_name, num_epochs, write
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from methods import BASELINE, CONTROLS, METHODS, NOTHING, SHUFFLED, WITH_PARTS
-from scipy.stats import t as student
 from scipy.stats import ttest_rel
 from tables import PRIMARY, SECONDARY, study_cells
 from torch import multiprocessing
 from tqdm import tqdm
 
 Jobs = list[tuple[str, int]]
+Runs = dict[str, dict[int, Any]]  # of a mask, of a seed
 COLOURS = dict(zip(METHODS, colormaps["tab10"].colors, strict=True)) | {BASELINE: "black"}
 MEASURES = PRIMARY | SECONDARY
 SCREEN, FRESH = (0, 1, 2), (3, 4, 5, 6, 7, 8)  # seeds: to choose a mask with, and to confirm it
@@ -169,8 +169,7 @@ def report(folder: Path) -> None:
         if len(found) > 1:
             raise SystemExit(f"the runs in {folder} have more than one {name}, {', '.join(found)}: sort them apart")
     runs = {mask: {run["seed"]: run for run in results if run["mask"] == mask} for mask in METHODS}
-    screen = {mask: {seed: run for seed, run in of.items() if seed in SCREEN} for mask, of in runs.items()}
-    screen = {mask: of for mask, of in screen.items() if of}
+    screen = of_seeds(runs, SCREEN)
     rows = [summary(mask, of, screen.get(BASELINE, {})) for mask, of in screen.items()]
     with_holm([row for row in rows if row["name"] not in (BASELINE, NOTHING)], len(METHODS) - 2)
     best = chosen(rows)
@@ -191,6 +190,12 @@ def report(folder: Path) -> None:
     print(f"wrote {folder}.json and .png")
 
 
+def of_seeds(runs: Runs, seeds: Sequence[int]) -> Runs:
+    """Those masks that have runs of these seeds, with these."""
+    found = {mask: {seed: run for seed, run in of.items() if seed in seeds} for mask, of in runs.items()}
+    return {mask: of for mask, of in found.items() if of}
+
+
 def summary(mask: str, runs: dict[int, Any], others: dict[int, Any]) -> common.Row:
     """Means at the end of training, and differences to the others' runs of the same seeds."""
     pairs = [(runs[seed], others[seed]) for seed in sorted(runs) if seed in others]
@@ -204,22 +209,19 @@ def summary(mask: str, runs: dict[int, Any], others: dict[int, Any]) -> common.R
         ends = [(run["curve"][-1].get(name), other["curve"][-1].get(name)) for run, other in pairs]
         ends = [pair for pair in ends if None not in pair]
         row[name] = None if None in values else float(np.mean(values))
-        row[f"{name}_difference"] = None if runs is others else interval([value - other for value, other in ends])
-        row[f"{name}_p"] = (
-            float(ttest_rel(*zip(*ends, strict=True)).pvalue) if len(ends) > 1 and runs is not others else None
-        )
+        row[f"{name}_difference"], row[f"{name}_p"] = (None, None) if runs is others else paired(ends)
     return row
 
 
-def interval(differences: list[float]) -> list[float | None] | None:
-    """Mean, and the ends of its 95 % interval by Student's t, for which there must be two differences."""
-    if not differences:
-        return None
-    mean, degrees = float(np.mean(differences)), len(differences) - 1
-    if not degrees:
-        return [mean, None, None]
-    half = float(student.ppf(0.975, degrees) * np.std(differences, ddof=1) / len(differences) ** 0.5)
-    return [mean, mean - half, mean + half]
+def paired(ends: list[tuple[float, float]]) -> tuple[list[float | None] | None, float | None]:
+    """The mean difference with the ends of its 95 % interval, and its p, by Student's t; these need two pairs."""
+    if not ends:
+        return None, None
+    mean = float(np.mean([value - other for value, other in ends]))
+    if len(ends) == 1:
+        return [mean, None, None], None
+    test = ttest_rel(*zip(*ends, strict=True))
+    return [mean, *map(float, test.confidence_interval())], float(test.pvalue)
 
 
 def with_holm(rows: list[common.Row], number: int) -> list[common.Row]:
@@ -244,10 +246,10 @@ def chosen(rows: list[common.Row]) -> str | None:
     return max(ready, key=lambda name: sum(ready[name][f"{measure}_difference"][0] for measure in PRIMARY))
 
 
-def confirmation(runs: dict[str, dict[int, Any]], best: str) -> list[common.Row]:
+def confirmation(runs: Runs, best: str) -> list[common.Row]:
     """The chosen mask against each control, and against the shuffled parts, with fresh seeds."""
-    fresh = {mask: {seed: run for seed, run in of.items() if seed in FRESH} for mask, of in runs.items()}
-    against = [mask for mask in (*CONTROLS, SHUFFLED) if fresh[mask].keys() & fresh[best].keys()]
+    fresh = of_seeds(runs, FRESH)
+    against = [mask for mask in (*CONTROLS, SHUFFLED) if fresh.get(best, {}).keys() & fresh.get(mask, {}).keys()]
     rows = [summary(best, fresh[best], fresh[mask]) | {"name": f"{best}, against {mask}"} for mask in against]
     return with_holm(rows, max(len(rows), len(CONTROLS)))
 
@@ -257,13 +259,12 @@ def duration(run: Any) -> float:
     return float(run["seconds" if run["device"] == "cuda" else "processor_seconds"])
 
 
-def draw(runs: dict[str, dict[int, Any]], best: str | None) -> Figure:
+def draw(runs: Runs, best: str | None) -> Figure:
     """Both primary measures of each mask, and how the fine-tuned accuracy and that of regions grow with training."""
-    runs = {mask: of for mask, of in runs.items() if of}
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     axes = figure.subplots(2, 2)
     for ax, (name, title) in zip(axes[0], PRIMARY.items(), strict=True):
-        draw_ends(ax, {mask: screened(of) for mask, of in runs.items() if screened(of)}, name, f"{title}, seeds 0 to 2")
+        draw_ends(ax, of_seeds(runs, SCREEN), name, f"{title}, seeds 0 to 2")
     shown = [mask for mask in (*CONTROLS[:2], "grid to part", best) if mask in runs]
     for ax, name, title in ((axes[1, 0], "fine_tuned", "fine-tuned"), (axes[1, 1], "regions_coco", "regions, COCO")):
         for place, mask in enumerate(dict.fromkeys(shown)):
@@ -276,11 +277,7 @@ def draw(runs: dict[str, dict[int, Any]], best: str | None) -> Figure:
     return figure
 
 
-def screened(runs: dict[int, Any]) -> dict[int, Any]:
-    return {seed: run for seed, run in runs.items() if seed in SCREEN}
-
-
-def draw_ends(ax: Any, by_mask: dict[str, dict[int, Any]], name: str, title: str) -> None:
+def draw_ends(ax: Any, by_mask: Runs, name: str, title: str) -> None:
     """A row for each mask: its seeds as dots, and their mean."""
     for place, (mask, runs) in enumerate(by_mask.items()):
         values = [run["curve"][-1][name] for run in runs.values()]

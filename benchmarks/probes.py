@@ -67,7 +67,7 @@ def classification(encoder: nn.Module, fit: Pictures, test: Pictures) -> dict[st
 
 
 def half_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 in matrix products, on all devices: on a CPU that has it, half as long again is saved."""
+    """Products in bfloat16, on all devices."""
     return torch.autocast(device.type, torch.bfloat16)
 
 

@@ -1,6 +1,7 @@
 """The study of pretraining: a run that was stopped ends like one that was not, and a mask that cheats is found out."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -187,12 +188,17 @@ def test_shuffled_parts_have_the_sizes_of_parts_and_lie_anywhere(sets):
     assert SHUFFLED not in WITH_PARTS
 
 
-def test_green_noise_leaves_neither_single_patches_nor_large_holes():
-    """Of neighbours: they are more alike than at random, and those three patches away are less."""
-    masks = GreenNoise().sample(500, 16, 0.5, generator=torch.Generator().manual_seed(0)).view(-1, 16, 16).float()
-    near, far = (float((masks[:, :, step:] == masks[:, :, :-step]).float().mean()) for step in (1, 3))
-    assert near > 0.55
-    assert far < 0.5
+def test_green_noise_is_that_of_the_page():
+    page = (Path(__file__).parents[2] / "docs/own_mask.md").read_text()
+    exec(
+        next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "NoiseMask(" in block),
+        names := {},
+    )
+    masks = [
+        mask.sample(4, 16, generator=torch.Generator().manual_seed(0))
+        for mask in (GreenNoise(), names["NoiseMask"]("green"))
+    ]
+    assert torch.equal(*masks)
 
 
 def test_masks_of_a_seed_share_weights_and_batches(monkeypatch, sets):
@@ -403,7 +409,7 @@ def test_a_run_that_another_process_makes_is_left_to_it(tmp_path, sets):
 
 def test_files_of_other_settings_are_refused(tmp_path, sets, monkeypatch):
     work(tmp_path, sets, [("random", 0)])
-    monkeypatch.setitem(METHODS, "random", METHODS["random"]._replace(mask_ratio=0.5))
+    monkeypatch.setattr(mask_runs, "MASK_RATIO", 0.5)
     with pytest.raises(SystemExit, match=r"random-0\.json was made with mask_ratio 0\.75, not 0\.5: move it away"):
         work(tmp_path, sets, [("random", 0)])
     (tmp_path / "out/random-0.json").unlink()
