@@ -42,8 +42,8 @@ def resolve_grid(num_patches: int, grid_size: GridSize | None, image_size: Seque
         found = f"{times(grid)} = {math.prod(grid)} patches"
         raise ValueError(f"grid_size={grid_size!r} has {found}, but there are N={num_patches}")
     token = " (or leave out the class token)" if math.isqrt(num_patches - 1) ** 2 == num_patches - 1 else ""
-    where = "to a mask when you make it or call it (or x as [B, *grid, D]), to anything else when you call it"
-    raise ValueError(f"N={num_patches} patches form no square grid{token}: pass grid_size={AXES}, {where}")
+    where = "in this call; a mask also takes it when it is made, or sees it in x of shape [B, *grid, D]"
+    raise ValueError(f"N={num_patches} patches form no square grid{token}: pass grid_size={AXES} {where}")
 
 
 def every(size: int, stride: int) -> range:

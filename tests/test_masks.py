@@ -379,6 +379,16 @@ def test_compiles_whole_and_a_new_epoch_does_not_recompile(end):
     assert torch.equal(x.grad, (1 - mask)[..., None].expand_as(x))
 
 
+def test_other_numbers_of_patches_compile_once_more():
+    torch._dynamo.reset()
+    masking, x, parts = halfway(end=PartMask(share=0.5)), torch.randn(2, 49, 4), random_parts(2, 49)
+    compiled = torch.compile(masking, fullgraph=True, backend="eager")
+    compiled(x, keep=30, parts=parts), compiled(x, keep=29, parts=parts)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for keep in (20, 12, 2):
+            assert compiled(x, keep=keep, parts=parts).visible.shape == (2, keep, 4)
+
+
 @every_mask
 def test_no_value_is_looked_at_but_on_a_cpu(make):
     x, parts = torch.empty(2, 49, 4, device="meta"), random_parts(2, 49).to("meta")  # which has no values
@@ -449,7 +459,8 @@ OF_PARTS = [PartMask, lambda: PartMask(share=0.5), halfway, OfParts, lambda: hal
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        *((torch.zeros(shape).long(), r"\[2, 16\]") for shape in ((2, 15), (1, 16), (2, 4, 4), ())),
+        *((torch.zeros(shape).long(), r"\[2, 16\].*each patch$") for shape in ((2, 15), (1, 16), ())),
+        (torch.zeros(2, 4, 4).long(), r"\[2, 16\].*parts_from_segmentation"),
         (torch.zeros(2, 16), "float32.*long"),
         (torch.full((2, 16), -1), "-1.*negative"),
         (torch.full((2, 16), -1, dtype=torch.int8), "-1.*negative"),

@@ -139,7 +139,7 @@ BAD = [
     *((door, torch.zeros(2, 4, 4), 2, None, "float32") for door in DOORS),
     (labels_to_parts, np.zeros((2, 4), np.float16), 2, None, "float16"),
     (labels_to_parts, np.array([["a", "b"]]), 2, None, "dtype"),
-    (parts_from_segmentation, whole(4, 4), 2, None, r"\[4, 4\].*labels\[None\]"),
+    (parts_from_segmentation, whole(4, 4), 2, None, r"\[4, 4\].*labels\[None\] is a batch of one$"),
     (labels_to_parts, whole(4), 2, None, r"\[4\]"),
     *((door, whole(2, 1, 4, 4), 2, None, r"\[2, 1, 4, 4\].*labels\[:, 0\]") for door in DOORS),
     (labels_to_parts, whole(2, 5), 2, None, r"\[2, 5\].*N=4"),

@@ -197,7 +197,9 @@ def check_parts(parts: Any, shape: tuple[int, ...] | None = None, owner: str = "
         raise ValueError(f"parts has dtype {parts.dtype}: part labels are integers, use parts.long()")
     if parts.ndim != 2 or (shape and parts.shape != (shape[0], math.prod(shape[1:]))):
         wanted = f" = {[shape[0], math.prod(shape[1:])]} for a grid of {times(shape[1:])}" if shape else ""
-        raise ValueError(f"parts has shape {list(parts.shape)}, but must be [B, N]{wanted}, one label for each patch")
+        maps = "; maps of pixels become such labels by parts_from_segmentation(maps, grid_size)" * (parts.ndim > 2)
+        must = f"[B, N]{wanted}, one label for each patch{maps}"
+        raise ValueError(f"parts has shape {list(parts.shape)}, but must be {must}")
     labels: Tensor = parts.long()
     if _can_look_at(labels) and labels.numel() and int(labels.min()) < 0:
         raise ValueError(f"parts has the label {labels.min()}, but labels must not be negative: give it another")

@@ -42,7 +42,7 @@ def parts_from_segmentation(labels: Tensor, grid_size: GridSize, ignore: int | N
     labels = check_labels(plain_tensor("labels", labels), "labels")
     if labels.ndim != 1 + len(grid := check_grid(grid_size)):
         must = f"be [B, {SIDES[len(grid)]}] for a grid of {times(grid)} patches"
-        must += ": labels[None] is a batch of one, labels[:, 0] drops a channel"
+        must += ": labels[None] is a batch of one" if labels.ndim <= len(grid) else ": labels[:, 0] drops a channel"
         raise ValueError(f"labels has shape {list(labels.shape)}, but must {must}")
     return labels_to_parts(labels, grid_size, ignore)
 
@@ -65,8 +65,9 @@ def labels_to_parts(labels: Any, grid_size: GridSize, ignore: int | None = None)
     if labels.ndim == 1 + len(grid):
         labels = _majority(labels, grid, ignore)
     if labels.shape[1:] != (math.prod(grid),):
-        give = f"labels [B, N], or maps [B, {SIDES[len(grid)]}]: labels[:, 0] drops a channel"
-        give += ", labels[:, None] is one map for all steps of the first axis" * (labels.ndim == len(grid) > 2)
+        give = f"labels [B, N], or maps [B, {SIDES[len(grid)]}]"
+        give += ": labels[:, 0] drops a channel" * (labels.ndim > 1 + len(grid))
+        give += ": labels[:, None] is one map for all steps of the first axis" * (labels.ndim == len(grid) > 2)
         axes = f"N={math.prod(grid)} patches along {len(grid)} axes: give {give}"
         raise ValueError(f"parts has shape {list(labels.shape)}, but {grid_size=} has {axes}")
     return torch.where((labels < 0).any(1, keepdim=True), renumber(labels), labels)
@@ -84,7 +85,8 @@ def check_labels(labels: Any, name: str = "parts") -> Tensor:
             "a ViT is to cut the parts, pass FrozenTeacher(vit, GraphCutPartitioner(), total_epochs=epochs)"
         )
     if not 2 <= labels.ndim <= 4 or 0 in labels.shape[1:]:
-        what = "a label for each patch [B, N], or maps of them [B, h, w]: labels[:, 0] drops a channel"
+        what = "a label for each patch [B, N], or maps of them [B, h, w]"
+        what += ": labels[:, 0] drops a channel" * (labels.ndim > 4)
         raise ValueError(f"{name} has shape {list(labels.shape)}, but must be {what}")
     return labels.long() if is_tensor else torch.from_numpy(labels.astype(np.int64))
 
