@@ -247,11 +247,18 @@ def chosen(rows: list[common.Row]) -> str | None:
 
 
 def confirmation(runs: Runs, best: str) -> list[common.Row]:
-    """The chosen mask against each control, and against the shuffled parts, with fresh seeds."""
+    """The chosen mask against each control and the shuffled parts, and each other control against random masks."""
     fresh = of_seeds(runs, FRESH)
-    against = [mask for mask in (*CONTROLS, SHUFFLED) if fresh.get(best, {}).keys() & fresh.get(mask, {}).keys()]
-    rows = [summary(best, fresh[best], fresh[mask]) | {"name": f"{best}, against {mask}"} for mask in against]
-    return with_holm(rows, max(len(rows), len(CONTROLS)))
+
+    def compared(pairs: list[tuple[str, str]]) -> list[common.Row]:
+        pairs = [(mask, other) for mask, other in pairs if fresh.get(mask, {}).keys() & fresh.get(other, {}).keys()]
+        return [
+            summary(mask, fresh[mask], fresh[other]) | {"name": f"{mask}, against {other}"} for mask, other in pairs
+        ]
+
+    rows = compared([(best, other) for other in (*CONTROLS, SHUFFLED)])
+    controls = compared([(control, BASELINE) for control in CONTROLS if control != BASELINE])
+    return with_holm(rows, max(len(rows), len(CONTROLS))) + with_holm(controls, len(CONTROLS) - 1)
 
 
 def duration(run: Any) -> float:

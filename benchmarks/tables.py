@@ -272,7 +272,7 @@ def learned() -> str:
 
 def _confirmed(study: Any) -> str:
     """A sentence on the mask that the screen has chosen, against the controls with fresh seeds."""
-    best, rows = study["chosen"], study["confirmation"]
+    best, rows = study["chosen"], [row for row in study["confirmation"] if row["with_parts"]]
     if best is None:
         finished = sum(row["with_parts"] for row in study["rows"])
         return f"So far, {finished} of the five masks with parts have runs: the study is under way."

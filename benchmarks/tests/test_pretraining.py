@@ -476,9 +476,11 @@ def test_the_best_row_with_parts_is_chosen_by_the_screen_and_confirmed_by_fresh_
     found = report(tmp_path / "study", screen_and_fresh())
     assert found["chosen"] == "random to part, half", "not the shuffled parts, which are a control"
     names = [row["name"] for row in found["confirmation"]]
-    assert names == [f"random to part, half, against {mask}" for mask in ("random", "green", "block")]
-    for row in found["confirmation"]:
-        assert (row["seeds"], row["pairs"]) == (6, 6)
+    chosen = [f"random to part, half, against {mask}" for mask in ("random", "green", "block")]
+    assert names == [*chosen, "green, against random", "block, against random"]
+    assert all((row["seeds"], row["pairs"]) == (6, 6) for row in found["confirmation"])
+    assert [row["with_parts"] for row in found["confirmation"]] == [True, True, True, False, False]
+    for row in found["confirmation"][:3]:
         assert row["knn_difference"][0] == pytest.approx(0.1, abs=0.01)
         assert 0 < row["knn_p"] <= row["knn_holm"] < 0.01
     less = [run for run in screen_and_fresh() if (run["mask"], run["seed"]) != ("grid to part, hint", 1)]

@@ -113,7 +113,7 @@ def test_the_sentences_on_accuracy_name_the_controls_the_default_and_the_chosen_
     new["chosen"] = "parts, EM"
     assert f"grid to part {both}; parts, EM {both}. Of the five masks with parts, parts, EM was chosen; its" in told()
     against = [differences(f"parts, EM, against {name}", **means) for name in ("random", "green", "block")]
-    new["confirmation"] = against
+    new["confirmation"] = [*against, differences("block, against random", **means)]
     first = f"with 3 fresh seeds the differences are: parts, EM, against random {both}; "
     assert first in told()
     assert f"against block {both}. An older study" in told()
