@@ -252,19 +252,18 @@ def old_study() -> str:
 
 def learned() -> str:
     """The README's sentences on accuracy: the differences to random masks that were seen, and what others report."""
-    new, old = read("patch4"), read("pretraining")
+    new = read("patch4")
     by_name, best = {row["name"]: row for row in new["rows"]}, new["chosen"]
     shown = dict.fromkeys(name for name in ("green", "block", "grid to part", best) if name in by_name)
-    by_colour = next(_difference(row, "more_fine_tuned") for row in old["rows"] if row["name"] == "grid to part")
     patch, epochs = (new["settings"]["size"][name] for name in ("patch", "epochs"))
     told = f"""
         **Accuracy.** We have not shown that models learn more with evolving masks. In our [study](docs/results.md)
         of a small MAE, patches of {patch} pixels, {epochs} epochs and {by_name["random"]["seeds"]} seeds, the
         differences to random masks in fine-tuned accuracy and in that of nearest neighbours, on 6,000 pictures and
-        with 95 % intervals, are: {_differences(by_name[name] for name in shown)}. {_confirmed(new)} An older study,
-        whose parts were segments of colour, saw {by_colour} for grid to part, fine-tuned. The paper reports 79.89 %
-        on ImageNet for grid to part and 79.18 % for grid to block (fine-tuned after 200 epochs), and MEDiC (arXiv
-        2603.29009), a later method with CLIP targets, found that evolved masks do not beat block masks."""
+        with 95 % intervals, are: {_differences(by_name[name] for name in shown)}. {_confirmed(new)} The paper
+        reports 79.89 % on ImageNet for grid to part and 79.18 % for grid to block (fine-tuned after 200 epochs), and
+        MEDiC (arXiv 2603.29009), a later method with CLIP targets, found that evolved masks do not beat block
+        masks."""
     return textwrap.fill(
         " ".join(told.split()), 118, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False
     )
