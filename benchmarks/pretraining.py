@@ -174,7 +174,7 @@ def report(folder: Path) -> None:
     with_holm([row for row in rows if row["name"] not in (BASELINE, NOTHING)], len(METHODS) - 2)
     best = chosen(rows)
     result = {
-        "machine": ", ".join(sorted({run["machine"] for run in results})),
+        "machine": " and ".join(sorted({run["machine"] for run in results})),
         "device": results[0]["device"],
         "settings": {name: results[0]["settings"][name] for name in ("size", "probes", "pictures", "fingerprint")},
         "baseline": BASELINE,
@@ -199,7 +199,7 @@ def of_seeds(runs: Runs, seeds: Sequence[int]) -> Runs:
 def summary(mask: str, runs: dict[int, Any], others: dict[int, Any]) -> common.Row:
     """Means at the end of training, and differences to the others' runs of the same seeds."""
     pairs = [(runs[seed], others[seed]) for seed in sorted(runs) if seed in others]
-    times = [duration(run) / duration(other) for run, other in pairs]
+    times = [duration(run) / duration(other) for run, other in pairs if run["machine"] == other["machine"]]
     row: common.Row = {"name": mask, "seeds": len(runs), "pairs": len(pairs), "with_parts": mask in WITH_PARTS}
     row["epochs"] = next(iter(runs.values()))["settings"]["epochs"]
     row["seconds"] = float(np.mean([run["seconds"] for run in runs.values()]))
