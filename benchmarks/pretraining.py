@@ -174,7 +174,8 @@ def report(folder: Path) -> None:
     with_holm([row for row in rows if row["name"] not in (BASELINE, NOTHING)], len(METHODS) - 2)
     best = chosen(rows)
     result = {
-        "machine": " and ".join(sorted({run["machine"] for run in results})),
+        "machine": machines(screen),
+        "confirmation_machine": machines(of_seeds(runs, FRESH)),
         "device": results[0]["device"],
         "settings": {name: results[0]["settings"][name] for name in ("size", "probes", "pictures", "fingerprint")},
         "baseline": BASELINE,
@@ -188,6 +189,10 @@ def report(folder: Path) -> None:
         for measures in (PRIMARY, SECONDARY) if rows else ():
             common.print_table([{"mask": row["name"], **study_cells(row, measures)} for row in rows])
     print(f"wrote {folder}.json and .png")
+
+
+def machines(runs: Runs) -> str:
+    return " and ".join(sorted({run["machine"] for of in runs.values() for run in of.values()}))
 
 
 def of_seeds(runs: Runs, seeds: Sequence[int]) -> Runs:

@@ -343,7 +343,8 @@ def by_machine(
     for result in results:
         found = cells(result[rows])
         columns = dict.fromkeys(column for _, column in found)
-        lines = [f"| {result['machine']} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+        machine = result.get(f"{rows}_machine", result["machine"])
+        lines = [f"| {machine} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
         lines += [
             f"| {label} | " + " | ".join(found.get((label, column), "") for column in columns) + " |"
             for label in dict.fromkeys(label for label, _ in found)

@@ -447,12 +447,13 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
     random = [finished("random", seed, value) for seed, value in ((0, 0.1), (1, 0.5), (2, 0.3), (9, 0.9))]
     block = [finished("block", seed, value, 3.0) for seed, value in ((0, 0.11), (1, 0.52), (2, 0.33), (7, 0.0))]
     block[1] |= {"machine": "another", "processor_seconds": 30.0}
+    block[3] |= {"machine": "a third"}
     found = report(tmp_path / "study", [*random, *block, finished("green", 1, 0.4)])
     rows = {row["name"]: row for row in found["rows"]}
     row, half = rows["block"], 4.302653 * 0.01 / 3**0.5
     assert (row["seeds"], row["pairs"]) == (3, 3), "the screen has seeds 0 to 2"
     assert row["time"] == pytest.approx(3), "times of two machines are not compared"
-    assert found["machine"] == "another and this one"
+    assert (found["machine"], found["confirmation_machine"]) == ("another and this one", "a third")
     assert row["linear"] == pytest.approx((0.11 + 0.52 + 0.33) / 3)
     assert row["linear_difference"] == pytest.approx([0.02, 0.02 - half, 0.02 + half], abs=1e-6)
     assert rows["green"]["linear_difference"] == [pytest.approx(-0.1), None, None], "one pair has no interval"
