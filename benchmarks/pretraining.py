@@ -277,15 +277,11 @@ def draw(runs: Runs, best: str | None) -> Figure:
     axes = figure.subplots(2, 2)
     for ax, (name, title) in zip(axes[0], PRIMARY.items(), strict=True):
         draw_ends(ax, of_seeds(runs, SCREEN), name, f"{title}, seeds 0 to 2")
-    shown = [mask for mask in (*CONTROLS[:2], "grid to part", best) if mask in runs]
+    shown = {mask: runs[mask] for mask in (*CONTROLS[:2], "grid to part", best) if mask in runs}
     for ax, name, title in ((axes[1, 0], "fine_tuned", "fine-tuned"), (axes[1, 1], "regions_coco", "regions, COCO")):
-        for place, mask in enumerate(dict.fromkeys(shown)):
-            draw_curve(ax, mask, list(runs[mask].values()), name, place)
-        ax.set(title=title, xlabel="epoch")
-        if ax.has_data():
-            ax.legend(fontsize=8)
-        else:
-            ax.text(0.5, 0.5, "not measured yet", ha="center", transform=ax.transAxes)
+        seeds = draw_curves(ax, shown, name)
+        told = f"seeds {', '.join(map(str, seeds))}" if seeds else "not measured yet"
+        ax.set(title=f"{title}, {told}", xlabel="epoch")
     return figure
 
 
@@ -300,21 +296,27 @@ def draw_ends(ax: Any, by_mask: Runs, name: str, title: str) -> None:
     ax.invert_yaxis()
 
 
-def draw_curve(ax: Any, mask: str, runs: list[Any], name: str, place: int) -> None:
-    """The mean of the runs that were measured at each point of training, and their seeds as dots."""
-    whole = [run for run in runs if len(run["curve"]) > 1 and all(row.get(name) is not None for row in run["curve"])]
-    if not whole:
-        return
-    epochs = [row["epoch"] for row in whole[0]["curve"]]
-    values = np.array([[row[name] for row in run["curve"]] for run in whole])
-    ax.plot(
-        epochs,
-        values.mean(0),
-        marker="os^D"[place % 4],
-        label=f"{mask}, {len(whole)} of the seeds",
-        color=COLOURS[mask],
-    )
-    ax.plot(epochs, values.T, ".", markersize=3, color=COLOURS[mask])
+def draw_curves(ax: Any, by_mask: Runs, name: str) -> list[int]:
+    """The means of the seeds that all masks have at each point of training, with these seeds as dots; return them."""
+    found = {
+        mask: {seed: curve for seed, run in runs.items() if len(curve := values(run, name)) > 1}
+        for mask, runs in by_mask.items()
+    }
+    seeds = sorted(set.intersection(*(set(curves) for curves in found.values()))) if found else []
+    for marker, (mask, curves) in zip("os^D", found.items() if seeds else (), strict=False):
+        points = np.array([list(curves[seed].values()) for seed in seeds])
+        epochs = list(curves[seeds[0]])
+        ax.plot(epochs, points.mean(0), marker=marker, label=mask, color=COLOURS[mask])
+        ax.plot(epochs, points.T, ".", markersize=3, color=COLOURS[mask])
+        ax.set_xticks(epochs)
+        ax.legend(fontsize=8)
+    return seeds
+
+
+def values(run: Any, name: str) -> dict[int, float]:
+    """The curve of a run by epoch, or nothing if it was not measured at each of them."""
+    found = {row["epoch"]: row.get(name) for row in run["curve"]}
+    return {} if None in found.values() else found
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import pytest
 import torch
 from disturbed import disturbed
 from mask_runs import SIZES, Run, Sets, file_name
+from matplotlib.figure import Figure
 from methods import METHODS, SHUFFLED, WITH_PARTS, GreenNoise
 from pictures import MEAN, Data, crop, normalised, patches_in, random_crops
 from PIL import Image
@@ -473,6 +474,20 @@ def screen_and_fresh(best="random to part, half"):
     runs |= {(mask, seed): means[mask] for mask in ("random", "green", "block", best) for seed in range(3, 9)}
     draws = np.random.default_rng(0)
     return [finished(*run, mean + float(draws.normal(0, 0.004))) for run, mean in runs.items()]
+
+
+def test_curves_are_means_of_the_seeds_that_all_masks_have_at_every_point():
+    def curve(*fine_tuned):
+        return {"curve": [{"epoch": epoch, "fine_tuned": value} for epoch, value in enumerate(fine_tuned)]}
+
+    runs = {
+        "random": {0: curve(0.3), 3: curve(0.1, 0.2), 4: curve(0.3, 0.6), 5: curve(0.9, 0.9)},
+        "green": {0: curve(0.3), 3: curve(0.2, 0.2), 4: curve(0.2, 0.4), 5: curve(None, 0.9)},
+    }
+    ax = Figure().subplots()
+    assert pretraining.draw_curves(ax, runs, "fine_tuned") == [3, 4]
+    means = [line.get_ydata() for line in ax.get_lines() if line.get_marker() != "."]
+    np.testing.assert_allclose(means, [[0.2, 0.4], [0.2, 0.3]])
 
 
 def test_the_best_row_with_parts_is_chosen_by_the_screen_and_confirmed_by_fresh_seeds(tmp_path):
