@@ -55,7 +55,7 @@ def render(text: str) -> str:
         "versions": versions,
         "learned": learned,
     }
-    for name in ("primary", "secondary", "confirmation"):
+    for name in ("primary", "secondary", "confirmation", "confirmation_secondary"):
         tables[name] = partial(study, name)
     tables["old_study"] = old_study
 
@@ -217,8 +217,8 @@ def versions() -> str:
 
 def study(table: str) -> str:
     """What models have learned under each mask: by the primary or by the other measures, or with fresh seeds."""
-    rows = "confirmation" if table == "confirmation" else "rows"
-    measures = SECONDARY if table == "secondary" else PRIMARY
+    rows = "confirmation" if table.startswith("confirmation") else "rows"
+    measures = SECONDARY if table.endswith("secondary") else PRIMARY
 
     def cells(rows: list[Any]) -> dict[tuple[str, str], str]:
         return {(row["name"], column): cell for row in rows for column, cell in study_cells(row, measures).items()}
@@ -229,7 +229,7 @@ def study(table: str) -> str:
 
 def study_cells(row: Any, measures: dict[str, str]) -> dict[str, str]:
     """The cells of one mask, by column: each measure, its difference with a 95 % interval in brackets, Holm's p."""
-    found = {"seeds": str(row["seeds"]), "time": "" if row["time"] is None else f"{row['time']:.2f}"}
+    found = {"seeds": str(row["pairs"] or row["seeds"]), "time": "" if row["time"] is None else f"{row['time']:.2f}"}
     for name in measures:
         found[measures[name]] = _cell(row, name)
         if name in PRIMARY:
