@@ -10,6 +10,8 @@ The second half, once the report has named a CHOSEN mask, each with the folders 
     --seeds 3 4 5 --masks block
     --seeds 6 7 8 --masks random green block CHOSEN
 
+On a second machine, name the folder of the first by --out: each run says which machine made it.
+
 FOLDER of `--data` holds `train` and `val` in torchvision's ImageFolder layout and, for the patches of objects and for
 backgrounds that are exchanged, `boxes.csv` with a row `path,...,x0,y0,x1,y1` for each picture. Pictures are brought to
 one size and held in memory. Each FOLDER of `--segmented` holds pictures and label maps, see `segmented.py`.
@@ -192,6 +194,7 @@ def report(folder: Path) -> None:
 
 
 def machines(runs: Runs) -> str:
+    """The names of the machines that these runs were made on."""
     return " and ".join(sorted({run["machine"] for of in runs.values() for run in of.values()}))
 
 
@@ -299,21 +302,23 @@ def draw_ends(ax: Any, by_mask: Runs, name: str, title: str) -> None:
 def draw_curves(ax: Any, by_mask: Runs, name: str) -> list[int]:
     """The means of the seeds that all masks have at each point of training, with these seeds as dots; return them."""
     found = {
-        mask: {seed: curve for seed, run in runs.items() if len(curve := values(run, name)) > 1}
+        mask: {seed: curve for seed, run in runs.items() if len(curve := curve_of(run, name)) > 1}
         for mask, runs in by_mask.items()
     }
-    seeds = sorted(set.intersection(*(set(curves) for curves in found.values()))) if found else []
-    for marker, (mask, curves) in zip("os^D", found.items() if seeds else (), strict=False):
+    seeds = sorted(set.intersection(*(set(curves) for curves in found.values())))
+    if not seeds:
+        return []
+    for marker, (mask, curves) in zip("os^D", found.items(), strict=False):  # fewer masks while none is chosen
         points = np.array([list(curves[seed].values()) for seed in seeds])
         epochs = list(curves[seeds[0]])
         ax.plot(epochs, points.mean(0), marker=marker, label=mask, color=COLOURS[mask])
         ax.plot(epochs, points.T, ".", markersize=3, color=COLOURS[mask])
-        ax.set_xticks(epochs)
-        ax.legend(fontsize=8)
+    ax.set_xticks(epochs)
+    ax.legend(fontsize=8)
     return seeds
 
 
-def values(run: Any, name: str) -> dict[int, float]:
+def curve_of(run: Any, name: str) -> dict[int, float]:
     """The curve of a run by epoch, or nothing if it was not measured at each of them."""
     found = {row["epoch"]: row.get(name) for row in run["curve"]}
     return {} if None in found.values() else found
