@@ -264,8 +264,9 @@ def learned() -> str:
         [study](docs/results.md) of a small MAE, patches of {patch} pixels and {epochs} epochs, "{best}" was chosen
         from five masks with parts; with fresh seeds, its differences in fine-tuned accuracy and in that of
         nearest neighbours, on 6,000 pictures and with 95 % intervals, are: {against}. Those of the
-        default, grid to part, against random masks are {_both(default)}, with {default["pairs"]} seeds. The paper reports 79.89 % on ImageNet for grid to part and 79.18 % for grid to block
-        (fine-tuned after 200 epochs), and MEDiC (arXiv 2603.29009), a later method with CLIP targets, found that
+        default, grid to part, against random masks are {_both(default)}, with {default["pairs"]} seeds. The
+        paper reports 79.89 % on ImageNet for grid to part and 79.18 % for grid to block (fine-tuned after 200
+        epochs), and MEDiC (arXiv 2603.29009), a later method with CLIP targets, found that
         evolved masks do not beat block masks."""
     return textwrap.fill(
         " ".join(told.split()), 118, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False
