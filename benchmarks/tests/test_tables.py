@@ -106,7 +106,7 @@ def test_the_sentences_on_accuracy_have_the_fresh_seeds_of_the_chosen_mask_and_t
     new = {"rows": rows, "chosen": "parts, EM", "confirmation": fresh, "settings": {"size": {"patch": 4, "epochs": 5}}}
     monkeypatch.setattr(tables, "read", {"patch4": new}.get)
     told, both = " ".join(tables.learned().split()), "-0.020 (-0.030 to -0.010) and +0.010 (+0.000 to +0.020)"
-    assert '"parts, EM" was chosen from five masks with parts; with fresh seeds, its' in told
+    assert '"parts, EM" was chosen from five masks with parts; with fresh seeds, where' in told
     assert f"are: against random masks, 3 seeds, {both}; against green masks, 2 seeds, {both}; against block" in told
     assert f"block masks, 3 seeds, {both}. Those of the default" in told
-    assert f"against random masks are {both}, with 3 seeds. The paper" in told
+    assert f"against random masks are {both}, with the 3 seeds of the screen. The paper" in told
