@@ -262,12 +262,12 @@ def learned() -> str:
     told = f"""
         **Accuracy.** No mask with parts has been shown to teach more than block masks, which need no parts, and by a
         criterion that was set beforehand our [study](docs/results.md) of a small MAE, patches of {patch} pixels and
-        {epochs} epochs, cannot show what a mask is worth. In it, "{best}" was chosen from five masks with
-        parts; with fresh seeds, where some runs of the other masks failed, its differences in fine-tuned accuracy and
-        in that of nearest neighbours, on 6,000 pictures and with 95 % intervals without correction, are: {against}. Those of the default, grid to part, against random masks are {_both(default)}, with the
-        {default["pairs"]} seeds of the screen. The
-        paper reports 79.89 % on ImageNet for grid to part and 79.18 % for grid to block (fine-tuned after 200
-        epochs), and MEDiC (arXiv 2603.29009), a later method with CLIP targets, found that
+        {epochs} epochs, cannot show what a mask is worth. In it, "{best}" was chosen from five masks with parts; with
+        fresh seeds, where some runs of the other masks failed, its differences in fine-tuned accuracy and in that of
+        nearest neighbours, on 6,000 pictures and with 95 % intervals without correction, are: {against}. Those of the
+        default, grid to part, against random masks are {_both(default)}, with the {default["pairs"]} seeds of the
+        screen. The paper reports 79.89 % on ImageNet for grid to part and 79.18 % for grid to block (fine-tuned after
+        200 epochs), and MEDiC (arXiv 2603.29009), a later method with CLIP targets, found that
         evolved masks do not beat block masks."""
     return textwrap.fill(
         " ".join(told.split()), 118, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False
